@@ -1,0 +1,120 @@
+"""What a killed run goes on from: model, optimizer, schedule, reference and loop state, in Megatron's
+distributed format (readable under another data-parallel size).
+
+A checkpoint is written aside and renamed, so one that has its final name is whole.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+
+from megatron_r1.config.sections import CheckpointSection
+from megatron_r1.errors import DataError
+from megatron_r1.optim.optimizer import Trainable
+
+_NAME = re.compile(r"step_(\d{8})")
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+WeightSets = dict[str, dict[str, torch.Tensor]]
+"""Name of a set -> the model's tensors by their own names."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they stand, one folder each.
+        section: the run's [checkpoint].
+    """
+
+    def __init__(self, folder: Path, section: CheckpointSection) -> None:
+        self.folder, self.section = folder, section
+
+    def latest(self) -> int | None:
+        """Steps done by the newest whole checkpoint, None if there is none."""
+        steps = [int(match[1]) for path in self.folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+        return max(steps, default=None)
+
+    def due(self, done: int, total: int) -> bool:
+        """Whether to save after `done` of `total` steps."""
+        return done % self.section.every == 0 or done == total
+
+    def save(self, done: int, trainable: Trainable, weights: WeightSets, figures: dict[str, float]) -> None:
+        """Write the state after `done` steps, then drop all but the newest `keep`.
+
+        Args:
+            done: steps done.
+            trainable: the model and its optimizer.
+            weights: further sets of the model's weights to keep, by name (the reference policy).
+            figures: what the loop wants back.
+        """
+        final = self.folder / f"step_{done:08d}"
+        partial = final.with_name(final.name + ".partial")
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(self._state(trainable, weights, figures), str(partial))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for old in sorted(path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)):
+                if int(old.name[5:]) <= done - self.section.keep * self.section.every:
+                    shutil.rmtree(old)
+        dist.barrier()
+
+    def load(self, done: int, trainable: Trainable, weights: WeightSets) -> dict[str, float]:
+        """Restore the state after `done` steps in place, `weights` too. Returns the figures saved with it.
+
+        Raises:
+            DataError: the checkpoint does not fit the model or cannot be read.
+        """
+        path = self.folder / f"step_{done:08d}"
+        try:
+            state = dist_checkpointing.load(self._state(trainable, weights, None), str(path))
+        except Exception as error:  # Megatron raises CheckpointingException, torch's own and bare ones
+            raise DataError(f"cannot resume from {path}: {error}") from error
+        trainable.module.load_state_dict(state["model"])
+        with torch.no_grad():
+            trainable.optimizer.load_state_dict(state["optimizer"])
+        trainable.scheduler.load_state_dict(state["scheduler"])
+        for name, tensors in weights.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(state[f"weights.{name}"][key])
+        torch.set_rng_state(state["rng"])
+        figures: dict[str, float] = state["figures"]
+        return figures
+
+    def _state(self, trainable: Trainable, weights: WeightSets, figures: dict[str, float] | None) -> dict[str, Any]:
+        """What a checkpoint holds; `figures` is None when it is about to be loaded."""
+        metadata = _METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        model = trainable.module.sharded_state_dict(prefix="model.", metadata=metadata)
+        state = {
+            "model": {key.removeprefix("model."): value for key, value in model.items()},
+            "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=figures is None, metadata=metadata),
+            "scheduler": trainable.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "figures": figures,
+        }
+        for name, tensors in weights.items():
+            sharded = trainable.module.sharded_state_dict(prefix=f"weights.{name}.", metadata=metadata)
+            state[f"weights.{name}"] = {
+                key.removeprefix(f"weights.{name}."): _with_data(value, tensors.get(key.removeprefix(f"weights.{name}.")))
+                for key, value in sharded.items()
+            }
+        return state
+
+
+def _with_data(entry: Any, tensor: torch.Tensor | None) -> Any:
+    """The same place in the checkpoint, holding `tensor` instead of the model's own."""
+    if isinstance(entry, ShardedTensor | ShardedBase) and tensor is not None:
+        entry.data = tensor
+    return entry

@@ -1,0 +1,1 @@
+"""Every patch of an upstream package: what, why, when it can go."""

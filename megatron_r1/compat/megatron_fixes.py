@@ -1,0 +1,135 @@
+"""Corrections of megatron-core 0.16.1 where it runs without Transformer Engine and CUDA, one function a module.
+
+Each says what is wrong upstream. They are applied by `megatron_cpu`'s import hook, so never on a GPU.
+All are for 0.16.1; each can go when the line it names is fixed upstream.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of Transformer Engine's and Apex's FusedAdam.
+
+    Their step count lives in the parameter group, torch's lives beside each parameter. Megatron's
+    distributed optimizer can load only the former (its torch path ends in KeyError 'step',
+    distrib_optimizer.py:940), and with the same layout CPU and GPU checkpoints are the same.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            if not params:
+                continue
+            adam(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                [torch.tensor(group["step"] - 1.0) for _ in params],
+                fused=True,
+                decoupled_weight_decay=self.adam_w_mode,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
+
+
+def _optimizer(module: ModuleType) -> None:
+    vars(module).update(Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
+
+
+def _distributed_optimizer(module: ModuleType) -> None:
+    """:641 and :940, the torch-Adam path asserts on saving and fails on loading."""
+    vars(module).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+
+
+def _random(module: ModuleType) -> None:
+    """:235-277 read and write the CUDA generator; :629 is a NameError without Transformer Engine."""
+    names = vars(module)
+    names["_get_cuda_rng_state"] = lambda *args, **kwargs: torch.get_rng_state()
+    names["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    class CpuRNGStatesTracker(names["CudaRNGStatesTracker"]):  # type: ignore[misc]
+        @contextlib.contextmanager
+        def fork(self, name: str = names["_MODEL_PARALLEL_RNG_TRACKER_NAME"]) -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    names["CudaRNGStatesTracker"] = CpuRNGStatesTracker
+    names["CheckpointWithoutOutput"].__init__.__defaults__ = (None,)
+
+
+def _multi_latent_attention(module: ModuleType) -> None:
+    """:64 HAVE_TE is True without TE. :569 the local spec does not sum k_pos_emb's gradient over the heads of TP ranks."""
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    names = vars(module)
+    names["HAVE_TE"] = False
+    apply = names["apply_rotary_pos_emb"]
+
+    def apply_rotary_pos_emb(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shared_by_heads = t.size(-2) == 1
+        rotated: torch.Tensor = apply(copy_to_tensor_model_parallel_region(t) if shared_by_heads else t, *args, **kwargs)
+        return rotated
+
+    names["apply_rotary_pos_emb"] = apply_rotary_pos_emb
+
+
+def _moe_utils(module: ModuleType) -> None:
+    """:1192 NameError without TE. :1096 turns split sizes into numpy only for CUDA tensors."""
+    names = vars(module)
+    names["te_general_gemm"] = None
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    names["maybe_move_tensor_to_cpu"] = maybe_move_tensor_to_cpu
+
+
+def _jit(module: ModuleType) -> None:
+    module.disable_jit_fuser()
+
+
+FIXES: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.jit": _jit,
+    "megatron.core.optimizer": _optimizer,
+    "megatron.core.optimizer.distrib_optimizer": _distributed_optimizer,
+    "megatron.core.tensor_parallel.random": _random,
+    "megatron.core.transformer.multi_latent_attention": _multi_latent_attention,
+    "megatron.core.transformer.moe.moe_utils": _moe_utils,
+}

@@ -1,0 +1,164 @@
+"""One config class for each verb: what its run file may hold."""
+
+from pathlib import Path
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megatron_r1.config.section import Component, Section
+from megatron_r1.config.sections import (
+    CheckpointSection,
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    PolicySection,
+    ReportSection,
+    RolloutSection,
+    TaskSection,
+)
+
+
+class GenerateConfig(Section):
+    """`megatron-r1 data generate`: worked solutions as text documents."""
+
+    output: Path
+    """Folder for `train.jsonl` and `validation.jsonl`."""
+    task: Component
+    documents: PositiveInt
+    validation_documents: PositiveInt = 256
+    template: str = "r1_zero"
+    quality: dict[str, NonNegativeFloat]
+    """Style of solution -> share of the documents (shares are normalised)."""
+    heldout: TaskSection | None = None
+    heldout_questions: NonNegativeInt = 0
+    """The first this many questions of [heldout] are kept out of the corpus."""
+    seed: int = 0
+
+
+class TokenizerConfig(Section):
+    """`megatron-r1 tokenizer train`: sentencepiece with byte fallback."""
+
+    input: list[Path]
+    """JSONL files with a `text` key."""
+    output: Path
+    vocab_size: PositiveInt
+    """Special tokens and the 256 byte tokens included."""
+    special_tokens: list[str] = []
+    """Kept whole, besides the begin, end and padding tokens."""
+    split_digits: bool = True
+    max_documents: PositiveInt = 1_000_000
+    seed: int = 0
+
+
+class IndexConfig(Section):
+    """`megatron-r1 data index`: documents -> Megatron indexed datasets."""
+
+    inputs: dict[str, Path]
+    """Name of the split -> JSONL file; writes `<output>/<name>.bin` and `.idx`."""
+    output: Path
+    tokenizer: Path
+
+
+class CorpusSection(Section):
+    """[corpus] of `pretrain`."""
+
+    train: list[Path]
+    """Megatron indexed datasets, without the .bin/.idx ending."""
+    validation: list[Path] = []
+    sequence_length: PositiveInt
+
+
+class PretrainConfig(Section):
+    """`megatron-r1 pretrain`."""
+
+    output: Path
+    model: ModelSection
+    tokenizer: Path
+    corpus: CorpusSection
+    optim: OptimSection
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection(every=500)
+    report: ReportSection = ReportSection()
+    steps: PositiveInt
+    batch: PositiveInt
+    """Sequences of one optimizer step, over all ranks."""
+    microbatch: PositiveInt = 1
+    """Sequences of one forward pass on one rank."""
+    validation_every: PositiveInt = 100
+    validation_batches: PositiveInt = 4
+    seed: int = 0
+
+
+class EvaluationSection(Section):
+    """[evaluation] of `rl`: held-out questions, answered by the same engine."""
+
+    questions: PositiveInt = 256
+    samples: PositiveInt = 4
+    """Responses to each question."""
+    every: PositiveInt | None = None
+    """Steps between evaluations; the first and the last policy are always evaluated."""
+    temperature: PositiveFloat | None = None
+    """Default: that of [rollout]."""
+
+
+class ReferenceSection(Section):
+    """[reference]: the policy that the KL term is measured against."""
+
+    refresh_every: PositiveInt = 25
+    """Steps between `reference := policy`. R1 refreshes every 400 updates, which is 25 rollouts of 16."""
+
+
+class RLConfig(Section):
+    """`megatron-r1 rl`: GRPO with verifiable rewards, R1-Zero being its plainest use.
+
+    One step is one rollout: `questions` x `group_size` responses, cut at random into `minibatches`
+    optimizer updates.
+    """
+
+    output: Path
+    model: PolicySection
+    tokenizer: Path | None = None
+    """Default: the model folder."""
+    steps: PositiveInt
+    questions: PositiveInt = 512
+    """Questions of one rollout."""
+    group_size: PositiveInt = 16
+    """G, responses to each question."""
+    minibatches: PositiveInt = 16
+    """Optimizer updates of one rollout."""
+    tokens_per_microbatch: PositiveInt = 16384
+    """Packed tokens of one forward pass on one rank; a longer single sample gets a pass of its own."""
+    logprob_bound: PositiveFloat = Field(default=0.02)
+    """The run refuses to start when trainer and engine differ by more than this on average, nats per token."""
+    data: TaskSection
+    heldout: TaskSection
+    rewards: dict[str, Component]
+    """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys."""
+    reward_workers: PositiveInt = 2
+    reward_timeout: PositiveFloat = 10.0
+    """Seconds one verification may take before its worker is killed and the part scores 0."""
+    advantage: Component = {"type": "group_relative"}
+    loss: Component = {"type": "grpo"}
+    reference: ReferenceSection = ReferenceSection()
+    rollout: RolloutSection
+    evaluation: EvaluationSection = EvaluationSection()
+    optim: OptimSection
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    report: ReportSection = ReportSection()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RLConfig":
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size {self.group_size}: the advantage compares the samples of a group, so it needs at least 2"
+            )
+        samples = self.questions * self.group_size
+        if samples % self.minibatches:
+            raise ValueError(
+                f"{self.questions} questions x {self.group_size} samples = {samples} "
+                f"do not divide into {self.minibatches} minibatches"
+            )
+        if not self.rewards:
+            raise ValueError("[rewards] is empty: name at least one")
+        return self

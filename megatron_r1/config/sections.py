@@ -1,0 +1,130 @@
+"""The sections that several verbs share. Each field's docstring is its documentation."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megatron_r1.config.section import Component, Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelSection(Section):
+    """[model]: which model, and the training-only numbers that its Hugging Face config does not carry."""
+
+    path: Path
+    """A Hugging Face folder: `config.json` describes the model; weights are read if `load_weights`."""
+    load_weights: bool = True
+    """False = random initialisation from the config alone."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    mtp_loss_coef: NonNegativeFloat = 0.3
+    """lambda of the multi-token-prediction loss (DeepSeek-V3 eq. 25); 0 leaves the MTP layer untrained."""
+    balance_loss_coef: NonNegativeFloat = 1e-4
+    """alpha of the sequence-wise balance loss (DeepSeek-V3 eq. 17)."""
+    bias_update_rate: NonNegativeFloat = 1e-3
+    """gamma, the step by which the routing bias moves after each optimizer step (DeepSeek-V3 2.1.2)."""
+    init_std: PositiveFloat = 0.006
+    """Standard deviation of random initialisation (DeepSeek-V3 4.2; the `initializer_range` of its
+    published config.json, 0.02, is a left-over)."""
+
+
+class PolicySection(ModelSection):
+    """[model] of reinforcement learning: the balance terms of pretraining are off unless asked for."""
+
+    mtp_loss_coef: NonNegativeFloat = 0.0
+    """0 leaves the MTP layer out of training; its tensors pass through to the exported model unchanged."""
+    balance_loss_coef: NonNegativeFloat = 0.0
+    bias_update_rate: NonNegativeFloat = 0.0
+
+
+class ParallelSection(Section):
+    """[parallel]: how many processes share the work."""
+
+    processes: PositiveInt = 1
+    """Data-parallel processes on this node; more than one are started through torchrun unless already under it."""
+    threads: NonNegativeInt = 1
+    """OpenMP threads of each process on CPU; 0 leaves torch's default. One a process is fastest on shared cores."""
+
+
+class OptimSection(Section):
+    """[optim]: AdamW with warm-up and a schedule."""
+
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from 0."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad: PositiveFloat = 1.0
+    """Global gradient-norm clip."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "OptimSection":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        return self
+
+
+class CheckpointSection(Section):
+    """[checkpoint]: what a killed run goes on from."""
+
+    every: PositiveInt = 10
+    """Steps between checkpoints; the last step always writes one."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept."""
+
+
+class ReportSection(Section):
+    """[report]: where metrics go besides the run directory's own JSONL."""
+
+    console: bool = True
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "megatron-r1"
+
+
+class RolloutSection(Section):
+    """[rollout]: the vLLM fleet."""
+
+    engines: PositiveInt = 1
+    port: PositiveInt = 8700
+    """Engine i listens on loopback at port + i."""
+    max_model_len: PositiveInt
+    """Longest prompt + response, tokens."""
+    max_tokens: PositiveInt
+    """Longest response, tokens."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_num_seqs: PositiveInt = 256
+    """Sequences that one engine decodes at once."""
+    kv_cache_gib: PositiveFloat = 0.5
+    """KV cache of each engine on CPU, GiB (vLLM's own default there takes most of the memory)."""
+    threads: PositiveInt = 2
+    """OpenMP threads of each engine on CPU."""
+    start_timeout: PositiveFloat = 300.0
+    """Seconds an engine may take to answer its first health check."""
+    request_timeout: PositiveFloat = 600.0
+    """Seconds one batch of responses may take."""
+    arguments: list[str] = []
+    """More arguments for `vllm serve`, for example `["--tensor-parallel-size=8"]`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RolloutSection":
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} leaves no room for a prompt in max_model_len {self.max_model_len}"
+            )
+        return self
+
+
+class TaskSection(Section):
+    """[questions] / [heldout]: where questions come from."""
+
+    task: Component
+    """`type` names the task; its other keys are the task's own."""
+    template: str = "r1_zero"
+    """Prompt template by name (`data/templates.py`), or a text with `{question}` in it."""

@@ -1,0 +1,1 @@
+"""Tokenizer, corpus, tasks, questions, packing."""

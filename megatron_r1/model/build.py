@@ -1,0 +1,107 @@
+"""A Hugging Face folder -> Megatron's GPTModel with its weight map."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_r1.config.sections import ModelSection
+from megatron_r1.errors import ConfigError, DataError, nearest
+from megatron_r1.model.family import Family, HFConfig
+from megatron_r1.model.hf_folder import TensorReader, read_config
+from megatron_r1.model.layers import with_replacements
+from megatron_r1.model.mapping import WeightMap
+from megatron_r1.model.parallel import device
+from megatron_r1.registry import BUILT_IN, resolve
+
+
+@dataclass
+class BuiltModel:
+    """The model, the config.json it was made from, and the table of its tensors' names."""
+
+    module: GPTModel
+    hf: HFConfig
+    map: WeightMap
+
+
+def build_model(section: ModelSection, max_sequence_length: int) -> BuiltModel:
+    """Build the model that `<path>/config.json` describes, with its weights or at random.
+
+    Args:
+        section: the run's [model].
+        max_sequence_length: longest sequence that will be fed.
+
+    Raises:
+        DataError: unreadable folder, unsupported architecture or value, tensors that do not match.
+        ConfigError: the run would lose the MTP layer, or feed more than the model's context.
+    """
+    hf = read_config(section.path)
+    family = _family(hf)
+    limit = hf.get("max_position_embeddings", max_sequence_length)
+    if max_sequence_length > limit:
+        raise ConfigError(f"sequences of {max_sequence_length} tokens exceed max_position_embeddings {limit}")
+    if hf.get("num_nextn_predict_layers") and not section.mtp_loss_coef and not section.load_weights:
+        raise ConfigError(
+            "config.json has num_nextn_predict_layers > 0, but with mtp_loss_coef = 0 and load_weights = false "
+            "the MTP layer would be neither trained nor exported; set mtp_loss_coef > 0 or num_nextn_predict_layers to 0"
+        )
+    config = family.transformer_config(hf, section)
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=_decoder_spec(config),
+        mtp_block_spec=_mtp_spec(config),
+        vocab_size=hf["vocab_size"],
+        max_sequence_length=max_sequence_length,
+        position_embedding_type="none" if config.multi_latent_attention else "rope",
+        rotary_base=hf.get("rope_theta", 10000),
+        share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
+    ).to(device())
+    weight_map = WeightMap(family.rules(hf))
+    if section.load_weights:
+        weight_map.load(module, TensorReader(section.path))
+    return BuiltModel(module, hf, weight_map)
+
+
+def _family(hf: HFConfig) -> type[Family]:
+    architecture = hf["architectures"][0]
+    known = BUILT_IN["family"]
+    if architecture not in known:
+        raise DataError(
+            f"architecture {architecture!r} is not supported{nearest(architecture, known)}; known: {', '.join(known)}"
+        )
+    family: type[Family] = resolve("family", architecture)
+    return family
+
+
+def _decoder_spec(config: TransformerConfig) -> object:
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    return with_replacements(spec)
+
+
+def _mtp_spec(config: TransformerConfig) -> object | None:
+    if not config.mtp_num_layers:
+        return None
+    layers = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization=config.normalization)
+    spec = get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=False)
+    return with_replacements(spec)
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """Parameters on this rank."""
+    return sum(param.numel() for param in module.parameters())
+
+
+def check_tokenizer(model: BuiltModel, vocab_size: int) -> None:
+    """Raises `ConfigError` when a tokenizer can produce ids that the model's embedding does not have."""
+    rows = model.hf["vocab_size"]
+    if vocab_size > rows:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} tokens, but the model's vocab_size is {rows}: "
+            "use the model's own tokenizer, or a config.json with a vocab_size that large"
+        )

@@ -1,0 +1,53 @@
+"""What the training loops need of the logits themselves: the sampling temperature and the entropy.
+
+GPTModel returns the cross-entropy of given labels, which is all that a loss needs; this observes its
+output layer for the rest.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+
+class LogitsObserver:
+    """Divides a model's logits by a temperature and, while asked to, records their entropy.
+
+    The main head is the last to call the output layer in a forward pass (MTP heads come first), so an
+    observation of one pass overwrites itself until the main head's remains.
+    """
+
+    def __init__(self, model: GPTModel, temperature: float) -> None:
+        self.temperature = temperature
+        self._entropies: list[torch.Tensor] | None = None
+        self._heads = 1 + (model.config.mtp_num_layers or 0)
+        self._calls = 0
+        model.output_layer.register_forward_hook(self._hook)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[torch.Tensor]]:
+        """Collects one `[rows, seq]` tensor of entropies, nats, for each forward pass inside."""
+        self._entropies, self._calls = [], 0
+        try:
+            yield self._entropies
+        finally:
+            self._entropies = None
+
+    def _hook(self, module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self._entropies is not None:
+            self._calls += 1
+            if self._calls % self._heads == 0:
+                self._entropies.append(entropy(logits.detach()).transpose(0, 1))
+        return logits, bias
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """H = log Z - sum_v p_v z_v of each row of logits, nats. `[..., vocab]` -> `[...]`"""
+    normalizer = torch.logsumexp(logits.float(), dim=-1)
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    return normalizer - (probabilities * logits.float()).sum(-1)

@@ -1,0 +1,127 @@
+"""The metrics that have a name here: how they are labelled, printed and grouped into charts.
+
+A metric that is not listed still appears everywhere: under its own name, in a chart of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Style = Literal["percent", "number", "scientific", "count", "seconds"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is shown."""
+
+    label: str
+    short: str
+    """Label of the one-line console."""
+    style: Style = "number"
+
+
+METRICS = {
+    "reward": Metric("Reward", "reward"),
+    "accuracy": Metric("Accuracy", "acc", "percent"),
+    "format": Metric("Format", "format", "percent"),
+    "response_length": Metric("Response length, tokens", "length", "count"),
+    "kl": Metric("KL to the reference", "kl", "scientific"),
+    "entropy": Metric("Entropy, nats", "entropy"),
+    "logprob_difference_mean": Metric("Logprob difference, mean", "dlogp", "scientific"),
+    "logprob_difference_max": Metric("Logprob difference, max", "dlogp max", "scientific"),
+    "loss": Metric("Loss", "loss"),
+    "validation_loss": Metric("Validation loss", "val loss"),
+    "mtp_loss": Metric("MTP loss", "mtp"),
+    "balance_loss": Metric("Balance loss", "balance", "scientific"),
+    "grad_norm": Metric("Gradient norm", "grad"),
+    "lr": Metric("Learning rate", "lr", "scientific"),
+    "tokens_per_second": Metric("Tokens per second", "tok/s", "count"),
+    "truncated": Metric("Truncated responses", "cut", "percent"),
+    "clip_fraction": Metric("Clipped ratios", "clipped", "percent"),
+    "reflective_words": Metric("Reflective words per 1000 responses", "reflect", "count"),
+    "heldout_accuracy": Metric("Held-out accuracy", "held-out acc", "percent"),
+    "heldout_format": Metric("Held-out format", "held-out format", "percent"),
+    "heldout_length": Metric("Held-out response length, tokens", "held-out length", "count"),
+}
+
+CONSOLE = (
+    *("reward", "accuracy", "format", "response_length", "loss", "validation_loss", "grad_norm"),
+    *("kl", "entropy", "logprob_difference_mean", "tokens_per_second"),
+)
+"""What the console shows, in this order, of the metrics that a run has."""
+
+
+@dataclass(frozen=True)
+class ChartPlan:
+    """A chart of report.html: it appears when the run has one of its metrics."""
+
+    title: str
+    metrics: tuple[str, ...]
+    """Names; one that ends in `/` stands for all names that start with it."""
+    note: str = ""
+    log: bool = False
+
+
+CHARTS = (
+    ChartPlan("Reward", ("reward", "reward/"), "weighted total, and each part before weighting"),
+    ChartPlan("Accuracy", ("heldout_accuracy", "accuracy"), "held-out questions, and those trained on"),
+    ChartPlan("Format", ("heldout_format", "format"), "share of responses in the asked-for form"),
+    ChartPlan("Response length", ("response_length", "heldout_length"), "tokens, mean"),
+    ChartPlan("Reflective words", ("reflective_words",), "wait, but, however, verify ... per 1000 responses"),
+    ChartPlan("KL", ("kl",), "policy to reference, k3 estimate, nats per token"),
+    ChartPlan("Entropy", ("entropy",), "of the sampled distribution, nats per token"),
+    ChartPlan(
+        "Trainer and rollout",
+        ("logprob_difference_mean", "logprob_difference_max"),
+        "difference of the log-probability of the same token, nats, log scale",
+        log=True,
+    ),
+    ChartPlan("Loss", ("loss", "validation_loss", "mtp_loss"), "training objective"),
+    ChartPlan("Gradient norm", ("grad_norm",), "before clipping"),
+    ChartPlan("Learning rate", ("lr",), "at the end of the step"),
+    ChartPlan("Throughput", ("tokens_per_second",), "tokens per second"),
+    ChartPlan("Clipped and truncated", ("clip_fraction", "truncated"), "share of ratios, share of responses"),
+    ChartPlan("Balance loss", ("balance_loss",), "of the experts, per sequence"),
+)
+
+
+def label(name: str) -> str:
+    """What a metric is called in a table or a legend."""
+    return METRICS[name].label if name in METRICS else name.replace("_", " ")
+
+
+def show(name: str, value: float | None) -> str:
+    """A metric's value as text, short and of steady width."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    return show_as(METRICS[name].style if name in METRICS else "number", value)
+
+
+def show_as(style: Style, value: float) -> str:
+    """A number in one of the styles."""
+    if style == "percent":
+        return f"{100 * value:.1f} %"
+    if style == "scientific":
+        return f"{value:.2e}" if value else "0"
+    if style == "count":
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    if style == "seconds":
+        return duration(value)
+    magnitude = abs(value)
+    if magnitude and (magnitude < 1e-3 or magnitude >= 1e6):
+        return f"{value:.2e}"
+    return f"{value:.3f}" if magnitude < 1000 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 20 s`, `2 h 05 min` or `3 d 04 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"

@@ -1,0 +1,90 @@
+"""Responses kept for reading: from groups to rows of `samples.jsonl`, and from rows to pairs for report.html."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from megatron_r1.report.journal import Row
+from megatron_r1.types import Group
+
+QUESTIONS = 8
+"""Questions kept of one call."""
+RESPONSES = 2
+"""Responses kept of each question: the first ones, not the best ones."""
+SHOWN_ALONE = 4
+"""Questions shown of a tag that has no counterpart."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One question of report.html with its responses, one column a tag."""
+
+    question: str
+    """What tells its prompt from the others: the template is left out."""
+    prompt: str
+    answer: str
+    columns: list[Row]
+
+
+def sample_rows(step: int, groups: Sequence[Group], tag: str) -> list[Row]:
+    """The first `QUESTIONS` groups with the first `RESPONSES` responses of each, ready for JSON."""
+    return [
+        {
+            "step": step,
+            "tag": tag,
+            "question_id": group.question.id,
+            "task": group.question.task,
+            "prompt": group.question.prompt,
+            "answer": group.question.answer,
+            "responses": [
+                {
+                    "text": sample.text,
+                    "tokens": len(sample.tokens),
+                    "finished": sample.finished,
+                    "reward": sample.reward,
+                    "rewards": sample.rewards,
+                }
+                for sample in group.samples[:RESPONSES]
+            ],
+        }
+        for group in groups[:QUESTIONS]
+    ]
+
+
+def exhibits(rows: Sequence[Row]) -> tuple[list[Exhibit], list[Exhibit]]:
+    """Questions that were answered before and after, in two columns; and the latest of those that were not."""
+    newest: dict[tuple[str, str], Row] = {(row["tag"], row["question_id"]): row for row in rows}
+    before = {name: row for (tag, name), row in newest.items() if tag == "before"}
+    after = {name: row for (tag, name), row in newest.items() if tag == "after"}
+    pairs = [[before[name], after[name]] for name in before if name in after]
+    paired = {row["question_id"] for pair in pairs for row in pair}
+    others = [[row] for (tag, name), row in newest.items() if not (tag in ("before", "after") and name in paired)]
+    others.sort(key=lambda columns: columns[0]["step"])
+    singles = others[-SHOWN_ALONE:]
+    template = _template([row["prompt"] for row in newest.values()])
+    return [_exhibit(columns, template) for columns in pairs], [_exhibit(columns, template) for columns in singles]
+
+
+def _exhibit(columns: list[Row], template: tuple[int, int]) -> Exhibit:
+    prompt: str = columns[0]["prompt"]
+    start, end = template
+    question = prompt[start : len(prompt) - end].strip() or prompt
+    return Exhibit(question, prompt, str(columns[0]["answer"]), columns)
+
+
+def _template(prompts: list[str]) -> tuple[int, int]:
+    """Characters of the template at the start and at the end of all prompts."""
+    distinct = set(prompts)
+    if len(distinct) < 2:
+        return 0, 0
+    head = _shared(distinct)
+    start = max(head.rfind("\n"), head.rfind(":")) + 1
+    tail = _shared({prompt[start:][::-1] for prompt in distinct})
+    end = tail.rfind("\n") if "\n" in tail else tail.find(" ")
+    return start, end + 1
+
+
+def _shared(texts: set[str]) -> str:
+    """The longest text that all of `texts` start with."""
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in same)

@@ -1,0 +1,1 @@
+"""Rewards: one a file; the judge that runs them."""

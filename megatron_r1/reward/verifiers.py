@@ -1,0 +1,142 @@
+"""Processes that verify, each with a time limit for every single sample.
+
+Not a general process pool: a worker answers sample by sample, so the one that hangs or kills its worker is
+known without repeating the others, and the rest of its request goes to a fresh worker. (pebble's pool limits
+whole calls, and reports all of them broken when a worker dies right after it took one.)
+"""
+
+import multiprocessing
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from queue import SimpleQueue
+from typing import Any
+
+from megatron_r1.config.section import Component
+from megatron_r1.errors import EngineError, UserError
+from megatron_r1.reward.worker import Call, Ready, Verdict, serve
+
+# Spawned, not forked: the trainer's process holds threads and device state.
+_CONTEXT = multiprocessing.get_context("spawn")
+_START_LIMIT = 120.0
+"""Seconds for a worker to import its rewards and tasks."""
+
+
+class Verifiers:
+    """Workers, and a thread for each that feeds it.
+
+    Args:
+        rewards: sections of the rewards, without `weight`.
+        tasks: sections of the tasks that each worker loads before its first request.
+        workers: how many processes.
+        timeout: seconds one sample may take.
+    """
+
+    def __init__(self, rewards: dict[str, Component], tasks: Sequence[Component], workers: int, timeout: float) -> None:
+        self._closed = threading.Event()
+        self._workers = [_Worker(rewards, tasks, timeout, self._closed) for _ in range(workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+
+    def submit(self, calls: list[Call]) -> "Future[list[Verdict]]":
+        """The verdicts of all samples of `calls`, in order; an empty list starts a worker."""
+        return self._threads.submit(self._run, calls)
+
+    def close(self) -> None:
+        """Kill the workers, whatever they are doing."""
+        self._closed.set()
+        for worker in self._workers:
+            worker.kill(grace=0)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:  # one may have been started meanwhile
+            worker.kill(grace=0)
+
+    def _run(self, calls: list[Call]) -> list[Verdict]:
+        worker = self._idle.get()
+        try:
+            return worker.verdicts(calls)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One process and the connection to it; started when needed, replaced when killed."""
+
+    def __init__(
+        self, rewards: dict[str, Component], tasks: Sequence[Component], timeout: float, closed: threading.Event
+    ) -> None:
+        self._sections = (rewards, tasks)
+        self._timeout = timeout
+        self._closed = closed
+        self._process: SpawnProcess | None = None
+        self._connection: Connection
+
+    def verdicts(self, calls: list[Call]) -> list[Verdict]:
+        """One verdict a sample.
+
+        Raises:
+            ConfigError: what the worker met is a mistake in the run file.
+            EngineError: the worker does not start, or the judge was closed.
+        """
+        singles = [(name, replace(group, samples=[sample])) for name, group in calls for sample in group.samples]
+        verdicts: list[Verdict] = []
+        self._ensure_running()
+        while len(verdicts) < len(singles):
+            self._ensure_running()
+            try:
+                self._connection.send(singles[len(verdicts) :])
+                while len(verdicts) < len(singles):
+                    verdicts.append(self._receive(self._timeout))
+            except TimeoutError:
+                self.kill()
+                verdicts.append(Verdict(None, error=f"no verdict in {self._timeout:g} s", timed_out=True))
+            except (EOFError, OSError):
+                code = self.kill()
+                verdicts.append(Verdict(None, error=f"its worker died (exit code {code})"))
+        return verdicts
+
+    def kill(self, grace: float = 0.1) -> int | None:
+        """End the process, if there is one; its exit code.
+
+        Within `grace` seconds a worker that is dying by itself leaves its own exit code.
+        """
+        if self._process is None:
+            return None
+        self._process.join(grace)
+        self._process.kill()
+        self._process.join()
+        return self._process.exitcode
+
+    def _receive(self, timeout: float) -> Any:
+        if not self._connection.poll(timeout):
+            raise TimeoutError
+        message = self._connection.recv()
+        if isinstance(message, UserError):
+            self.kill()
+            raise message
+        return message
+
+    def _ensure_running(self) -> None:
+        if self._closed.is_set():
+            raise EngineError("the judge was closed while it was verifying")
+        if self._process is not None and self._process.is_alive():
+            return
+        self._connection, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=serve, args=(theirs, *self._sections), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            ready = self._receive(_START_LIMIT)
+        except TimeoutError as error:
+            self.kill()
+            raise EngineError(f"a reward worker was not ready after {_START_LIMIT:g} s of imports") from error
+        except (EOFError, OSError) as error:
+            raise EngineError(
+                f"a reward worker died at start (exit code {self.kill()}); its own message stands above"
+            ) from error
+        assert isinstance(ready, Ready)

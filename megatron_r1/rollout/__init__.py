@@ -1,0 +1,1 @@
+"""The vLLM fleet over HTTP, and the vLLM-side weight receiver."""

@@ -1,0 +1,97 @@
+"""What a trainer asks of a rollout engine: token ids in, sampled token ids with their log-probabilities out.
+
+Nothing is ever tokenised again: prompts arrive as ids, responses leave as the ids that were sampled, and text is made
+only for the rewards to read.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_r1.errors import EngineError
+from megatron_r1.types import Sample
+
+Decode = Callable[[list[int]], str]
+"""Token ids -> text."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one batch of responses is drawn."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    """Longest response, tokens."""
+    stop_token_ids: tuple[int, ...]
+    """A response ends with (and contains) the first of these."""
+
+
+class Engine(Protocol):
+    """Draws responses from the current policy and takes new weights in place."""
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        seed: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+    ) -> list[list[Sample]]:
+        """`n` responses to each prompt; the same arguments and weights give bitwise the same responses.
+
+        Args:
+            prompts: token ids of each prompt. [prompts][tokens]
+            n: responses to each prompt.
+            seed: every response draws from a stream of its own, derived from this, the prompt's index and its own.
+            temperature: `None` = the run file's, as for the next two.
+            top_p: nucleus that tokens are drawn from.
+            max_tokens: longest response, tokens.
+
+        Returns:
+            The samples of each prompt, `[prompts][n]`. Their log-probabilities are those of the distribution that was
+            sampled from, after temperature and top-p: a trainer compares them with log-softmax(logits / temperature).
+
+        Raises:
+            DataError: a prompt leaves no room for a response.
+            EngineError: the engine died, or did not answer in time.
+        """
+        ...
+
+    def update_weights(self, path: Path, version: int) -> None:
+        """Replace the weights in place by those of a safetensors file that holds Hugging Face names.
+
+        Raises:
+            EngineError: the engine died, refused the file, or reports another version afterwards.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop every process of the engine; may be called more than once."""
+        ...
+
+
+def stream_seed(seed: int, prompt: int, sample: int) -> int:
+    """Seed of one response's random stream, in [0, 2^63): a hash, so that no two responses share a stream.
+
+    vLLM itself gives sample i of *every* prompt the seed `seed + i`, which correlates the noise across prompts.
+    """
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def to_sample(answer: dict[str, Any], decode: Decode) -> Sample:
+    """One response of the batch route (see `batch_route.py`) as a `Sample`."""
+    if answer["finish_reason"] not in ("stop", "length"):
+        raise EngineError(f"the rollout engine ended a response by {answer['finish_reason']!r} instead of finishing it")
+    return Sample(
+        tokens=answer["tokens"],
+        logprobs=answer["logprobs"],
+        text=decode(answer["tokens"]),
+        finished=answer["finish_reason"] == "stop",
+        weight_version=min(int(version) for version in answer["weight_versions"]),
+    )

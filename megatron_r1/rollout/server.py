@@ -1,0 +1,175 @@
+"""One vLLM server as a child process: its command line and environment, its start, its log, its end.
+
+The process tree is run -> `supervisor.py` -> vLLM's HTTP server -> vLLM's engine core and workers; the supervisor's
+process group holds everything below the run, and ends with it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import megatron_r1
+from megatron_r1.config.sections import RolloutSection
+from megatron_r1.errors import DataError, EngineError
+
+HOST = "127.0.0.1"
+LOG_LINES = 30
+"""Of the server's log in an error message."""
+CPU_MLA_LATENT = (512, 64)
+"""(kv_lora_rank, qk_rope_head_dim): the only size that vLLM's MLA kernel for CPU takes."""
+CPU_STEP_TOKENS = 4096
+"""Tokens of one scheduler step on CPU, if the longest sequence is not longer."""
+OWN_EXECUTOR_ARGUMENTS = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--distributed-executor")
+
+
+class Server:
+    """A vLLM server on loopback.
+
+    Args:
+        section: the run file's [rollout].
+        index: which engine of the fleet; it listens at `section.port + index`.
+        model: a Hugging Face folder.
+        dtype: what the engine computes in, "float32" or "bfloat16".
+        log: file that the server's output is appended to.
+
+    Raises:
+        EngineError: the port is in use.
+        DataError: the model folder has no readable config.json.
+    """
+
+    def __init__(self, section: RolloutSection, index: int, model: Path, dtype: str, log: Path) -> None:
+        self.port = section.port + index
+        self.log = log
+        on_cpu = not torch.cuda.is_available()
+        command = arguments(section, model.resolve(), dtype, self.port, on_cpu)
+        environment = os.environ | variables(section, model, on_cpu)
+        _check_free(self.port)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_r1.rollout.supervisor", str(os.getpid()), *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def log_tail(self, lines: int = LOG_LINES) -> str:
+        """The last lines that this server, not an earlier one with the same log, has written."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            text = file.read().decode(errors="replace")
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+
+    def failure(self, what: str) -> EngineError:
+        """An error that says what happened to this server, and shows the end of its log."""
+        return EngineError(f"vLLM at {self.url} {what}; the end of its log {self.log}:\n{self.log_tail()}")
+
+    def close(self) -> None:
+        """End the whole process group: asked first, forced if the supervisor itself is gone or hangs."""
+        if self.alive():
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cpu: bool) -> list[str]:
+    """The server's command line; the user's own arguments come last, so they win."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += [f"--model={model}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]
+    command += [f"--max-model-len={section.max_model_len}", f"--max-num-seqs={section.max_num_seqs}"]
+    command += ["--skip-tokenizer-init", "--logprobs-mode=processed_logprobs", "--generation-config=vllm"]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    command += ["--middleware=megatron_r1.rollout.batch_route.BatchRoute"]
+    command += ["--worker-extension-cls=megatron_r1.rollout.receiver.Receiver"]
+    command += ['--weight-transfer-config={"backend": "megatron_r1_shm"}']
+    if on_cpu:
+        command += ["--enforce-eager", f"--kv-cache-memory-bytes={int(section.kv_cache_gib * 2**30)}"]
+        # Upstream bug (vLLM 0.32): the CPU rotary kernel misreads MLA's strided queries, silently and by nats.
+        command += ['--compilation-config={"custom_ops": ["all", "-rotary_embedding"]}']
+        # Upstream bug (vLLM 0.32): a seeded request whose prompt is cut in chunks rewinds its random generator, which a
+        # generator on CPU refuses, and the engine dies.
+        step_tokens = max(section.max_model_len, CPU_STEP_TOKENS)
+        command += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={step_tokens}"]
+        if single_worker(section):
+            command += ["--distributed-executor-backend=uni"]
+    return command + section.arguments
+
+
+def variables(section: RolloutSection, model: Path, on_cpu: bool) -> dict[str, str]:
+    """The server's environment, besides the run's own."""
+    package_root = str(Path(megatron_r1.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
+    settings = {
+        "PYTHONPATH": path,  # vLLM's processes import our route and receiver, from wherever this package is
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # the weight-transfer routes
+    }
+    if on_cpu:
+        settings |= {
+            "OMP_NUM_THREADS": str(section.threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer and other engines share the cores
+            "TORCHDYNAMO_DISABLE": "1",  # 2.5 s of compiling at the first request with log-probabilities
+        }
+        if single_worker(section):
+            # With this vLLM leaves the executor "uni" alone on CPU: the worker then lives in the engine core, which
+            # saves a process, its ten seconds of imports and a hop at every token.
+            settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if not _cpu_kernel_takes_latent(model):
+            settings["VLLM_MLA_DISABLE"] = "1"
+    return settings
+
+
+def single_worker(section: RolloutSection) -> bool:
+    """Does the engine run as one worker, that is, do the user's arguments not ask for more?"""
+    return not any(argument.startswith(OWN_EXECUTOR_ARGUMENTS) for argument in section.arguments)
+
+
+def read_config(model: Path) -> dict[str, object]:
+    """The model folder's config.json."""
+    file = model / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"the model folder {model} has no usable config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file} holds no JSON object")
+    return config
+
+
+def _cpu_kernel_takes_latent(model: Path) -> bool:
+    config = read_config(model)
+    latent = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim"))
+    return latent in ((None, None), CPU_MLA_LATENT)
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise EngineError(
+                f"port {port} on {HOST} cannot be used ({error.strerror}): stop the process that holds it, "
+                f"or choose another by rollout.port (engine i listens at port + i)"
+            ) from error

@@ -1,0 +1,5 @@
+"""One training loop a file, on `policy.Policy`. (Prepares megatron-core for the device before any module here imports it.)"""
+
+from megatron_r1.compat import megatron_cpu
+
+megatron_cpu.enable()

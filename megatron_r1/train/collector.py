@@ -1,0 +1,83 @@
+"""Questions -> scored groups. The engine and the judge live on the first rank; every rank gets the groups."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from megatron_r1.config.runs import RLConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.model.parallel import from_first_rank, is_first_rank
+from megatron_r1.report.run import Report
+from megatron_r1.reward.judge import Judge
+from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.types import Group, Question
+from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+
+
+class Collector:
+    """Samples groups from the rollout fleet and has them judged; a context manager.
+
+    Args:
+        config: the run.
+        tokenizer: of the policy.
+        report: where phase times go.
+    """
+
+    def __init__(self, config: RLConfig, tokenizer: Tokenizer, report: Report) -> None:
+        self._config, self._tokenizer, self._report = config, tokenizer, report
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        from_first_rank(self._open)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Give the engines the policy's weights."""
+        with self._report.phase("sync"):
+            from_first_rank(lambda: self._sync.push(named_tensors, version))
+
+    def collect(
+        self, questions: Sequence[Question], n: int, seed: int, temperature: float | None = None
+    ) -> list[Group]:
+        """`n` scored samples of each question: {o_i} ~ pi_old(.|q) and r_i."""
+        return from_first_rank(lambda: self._collect(questions, n, seed, temperature))
+
+    def _open(self) -> None:
+        config = self._config
+        with self._stack:
+            with self._report.phase("start"):
+                self._judge = self._stack.enter_context(
+                    Judge(
+                        config.rewards,
+                        tasks=[config.data.task, config.heldout.task],
+                        workers=config.reward_workers,
+                        timeout=config.reward_timeout,
+                    )
+                )
+                self._fleet = self._stack.enter_context(
+                    Fleet(config.rollout, config.model.path, config.output, config.model.dtype, self._tokenizer.decode)
+                )
+            self._sync = SharedMemorySync(self._fleet, fallback=config.output / "sync")
+            self._stack = self._stack.pop_all()
+
+    def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
+        prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
+        with self._report.phase("rollout"):
+            answers = self._fleet.sample(prompts, n=n, seed=seed, temperature=temperature)
+        groups = [Group(*parts) for parts in zip(questions, prompts, answers, strict=True)]
+        with self._report.phase("reward"):
+            self._judge(groups)
+        return groups
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Verifications that timed out or crashed so far."""
+        return dict(self._judge.counters) if is_first_rank() else {}

@@ -1,0 +1,46 @@
+"""How far the trainer's and the engine's log-probabilities of the same tokens are apart.
+
+The gradient is only as right as the assumption that the engine samples from the policy being trained; a
+wrong norm, rotary table, routing or a stale cache shows here first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.errors import EngineError
+from megatron_r1.train.batch import Minibatch
+from megatron_r1.train.policy import Figures
+
+
+def logprob_difference(minibatches: Sequence[Minibatch]) -> Figures:
+    """|trainer - engine| over all response tokens of all ranks, nats: mean and maximum."""
+    gaps = [
+        (micro.inputs.old_logprobs - micro.engine_logprobs).abs()
+        for minibatch in minibatches
+        for micro in minibatch
+        if micro.inputs.old_logprobs is not None and micro.engine_logprobs is not None
+    ]
+    gap = torch.cat(gaps).double()
+    total = torch.stack([gap.sum(), torch.tensor(float(gap.numel()), dtype=gap.dtype, device=gap.device)])
+    largest = gap.max()
+    dist.all_reduce(total)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return {"logprob_difference_mean": float(total[0] / total[1]), "logprob_difference_max": float(largest)}
+
+
+def refuse_above(bound: float, figures: Figures) -> None:
+    """The gate before the first update.
+
+    Raises:
+        EngineError: the mean difference is above `bound`.
+    """
+    mean = figures["logprob_difference_mean"]
+    if not mean <= bound:
+        raise EngineError(
+            f"trainer and rollout engine disagree: the log-probabilities of the same tokens differ by {mean:.2e} nats "
+            f"on average (largest {figures['logprob_difference_max']:.2e}), above logprob_bound = {bound:g}. "
+            "Training on these samples would be off-policy from the start. Check that both load the same weights "
+            "in the same dtype; in bfloat16 about 1e-2 is normal, in float32 1e-5"
+        )

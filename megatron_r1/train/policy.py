@@ -1,0 +1,138 @@
+"""`Policy`: the model being trained, as the loops see it - log-probabilities out, updates in.
+
+Microbatching, data parallelism and Megatron's forward/backward schedules live here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+from megatron_r1.config.sections import OptimSection
+from megatron_r1.loss.base import Loss, Metrics
+from megatron_r1.model.build import BuiltModel
+from megatron_r1.model.logits import LogitsObserver
+from megatron_r1.optim.optimizer import make_trainable
+from megatron_r1.train.batch import MicroBatch, Minibatch
+
+Figures = dict[str, float]
+
+
+class Policy:
+    """A Megatron model with its optimizer.
+
+    Args:
+        model: built, weights loaded.
+        optim: the run's [optim].
+        updates: optimizer updates of the whole run.
+        temperature: log-probabilities are those of the distribution that is sampled at this temperature.
+    """
+
+    def __init__(self, model: BuiltModel, optim: OptimSection, updates: int, temperature: float = 1.0) -> None:
+        self.model = model
+        self.trainable = make_trainable(model, optim, updates)
+        self.observer = LogitsObserver(model.module, temperature)
+        self.ranks = parallel_state.get_data_parallel_world_size()
+        self.rank = parallel_state.get_data_parallel_rank()
+        self._schedule = get_forward_backward_func()
+        config = model.module.config
+        config.grad_scale_func = self.trainable.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = self.trainable.ddp.no_sync
+
+    @torch.no_grad()
+    def logprobs(self, minibatch: Minibatch) -> list[torch.Tensor]:
+        """Log-probability of every selected token, nats. One `[selected]` tensor a microbatch."""
+        outputs = self._run(minibatch, lambda logprobs, micro: (logprobs.sum() * 0, {"logprobs": logprobs.clone()}))
+        return [output["logprobs"] for output in outputs]
+
+    def logprobs_and_entropies(self, minibatch: Minibatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """`logprobs`, and the entropy of the distribution that each selected token was drawn from, nats."""
+        with self.observer.watching() as entropies:
+            logprobs = self.logprobs(minibatch)
+        pairs = zip(entropies, minibatch, strict=True)
+        return logprobs, [entropy.flatten()[micro.selected] for entropy, micro in pairs]
+
+    def step(self, minibatch: Minibatch, loss: Loss) -> Figures:
+        """One optimizer update that minimises `loss` over the minibatch of all ranks.
+
+        Returns the loss's own metrics with grad_norm, lr and, where the model trains them, mtp_loss.
+        """
+        ddp, optimizer, scheduler = self.trainable.ddp, self.trainable.optimizer, self.trainable.scheduler
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        # The schedule averages over microbatches and the gradient reduction over ranks; token weights already
+        # say each token's share of the global minibatch, so both averages are undone.
+        scale = len(minibatch) * self.ranks
+
+        def objective(logprobs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+            value, metrics = loss(logprobs, micro.inputs)
+            return value * scale, metrics
+
+        outputs = self._run(minibatch, objective, train=True)
+        lr = optimizer.param_groups[0]["lr"]
+        succeeded, grad_norm, _ = optimizer.step()
+        if not succeeded:
+            raise FloatingPointError("the optimizer refused the update: a gradient is not finite")
+        scheduler.step(1)
+        return self._total(outputs) | {"grad_norm": float(grad_norm), "lr": float(lr)} | self._mtp_loss(len(minibatch))
+
+    @torch.no_grad()
+    def evaluate(self, minibatch: Minibatch, loss: Loss) -> Figures:
+        """The loss's metrics without an update."""
+
+        def objective(logprobs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+            value, metrics = loss(logprobs, micro.inputs)
+            return value.clone(), metrics  # The schedule divides the value in place.
+
+        return self._total(self._run(minibatch, objective))
+
+    def _run(
+        self,
+        minibatch: Minibatch,
+        objective: Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, Metrics]],
+        train: bool = False,
+    ) -> list[Metrics]:
+        """Forward (and backward when training) over all microbatches; returns what `objective` reported for each."""
+        ddp = self.trainable.ddp
+        ddp.train(train)
+
+        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            micro = next(batches)
+            positions = torch.arange(micro.tokens.size(1), device=micro.tokens.device).expand_as(micro.tokens)
+            cross_entropy = model(
+                micro.tokens, positions, None, labels=micro.labels, packed_seq_params=micro.packing
+            )
+            return cross_entropy, lambda output: objective(-output.flatten()[micro.selected], micro)
+
+        outputs: list[Metrics] = self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(minibatch),
+            model=[ddp],
+            num_microbatches=len(minibatch),
+            seq_length=max(micro.tokens.size(1) for micro in minibatch),
+            micro_batch_size=minibatch[0].tokens.size(0),
+            forward_only=not train,
+        )
+        return outputs
+
+    def _total(self, outputs: list[Metrics]) -> Figures:
+        """Sum over microbatches and ranks."""
+        names = list(outputs[0])
+        totals = torch.stack([torch.stack([output[name] for output in outputs]).sum() for name in names])
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    def _mtp_loss(self, microbatches: int) -> Figures:
+        """Mean multi-token-prediction loss of the last update, before its coefficient."""
+        if not self.model.module.config.mtp_num_layers:
+            return {}
+        MTPLossLoggingHelper.reduce_loss_in_tracker()
+        value = float(MTPLossLoggingHelper.tracker["values"].mean()) / microbatches
+        MTPLossLoggingHelper.clean_loss_in_tracker()
+        return {"mtp_loss": value}

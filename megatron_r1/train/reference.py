@@ -1,0 +1,57 @@
+"""The policy that the KL term is measured against, kept as a second set of weights for the same module.
+
+A second module would double the activations' code path and, on GPU, the memory: the reference is needed
+only for forward passes between updates, so its weights are exchanged with the policy's and back.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_r1.model.mapping import weights
+from megatron_r1.train.batch import Minibatch
+from megatron_r1.train.policy import Policy
+
+
+class Reference:
+    """A snapshot of a policy.
+
+    Args:
+        policy: whose module computes the reference's log-probabilities, too.
+        every: steps between refreshes.
+    """
+
+    def __init__(self, policy: Policy, every: int) -> None:
+        self._policy, self._every = policy, every
+        self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self._live().items()}
+
+    def logprobs(self, minibatch: Minibatch) -> list[torch.Tensor]:
+        """Log-probabilities of the selected tokens under the reference. One `[selected]` tensor a microbatch."""
+        with self._exchanged():
+            return self._policy.logprobs(minibatch)
+
+    @torch.no_grad()
+    def refresh(self, done: int) -> bool:
+        """`reference := policy` when `done` steps are a multiple of `every`. Returns whether it happened."""
+        if done % self._every:
+            return False
+        for name, tensor in self._live().items():
+            self.weights[name].copy_(tensor)
+        return True
+
+    def _live(self) -> dict[str, torch.Tensor]:
+        return weights(self._policy.model.module)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def _exchanged(self) -> Iterator[None]:
+        live = self._live()
+        policy = {name: tensor.clone() for name, tensor in live.items()}
+        for name, tensor in live.items():
+            tensor.copy_(self.weights[name])
+        try:
+            yield
+        finally:
+            for name, tensor in live.items():
+                tensor.copy_(policy[name])

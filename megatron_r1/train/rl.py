@@ -1,0 +1,182 @@
+"""`megatron-r1 rl`: reinforcement learning with verifiable rewards.
+
+::
+
+    questions -> collector: engine.sample, judge -> advantages -> random minibatches
+                     ^                                                  |
+                sync.push  <-  policy.step(loss)  <-  old and reference log-probabilities
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_r1 import registry
+from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config.load import dump
+from megatron_r1.config.runs import RLConfig
+from megatron_r1.data.questions import Questions, heldout, stream_seed, texts
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.loss.grpo import Grpo
+from megatron_r1.model import hf_folder
+from megatron_r1.model.build import build_model, check_tokenizer, parameter_count
+from megatron_r1.model.parallel import device, from_first_rank, initialize, is_first_rank
+from megatron_r1.report.rollout_figures import heldout_figures, rollout_figures
+from megatron_r1.report.run import Report
+from megatron_r1.train.batch import Minibatch, Share, split, trajectories, with_logprobs
+from megatron_r1.train.collector import Collector
+from megatron_r1.train.mismatch import logprob_difference, refuse_above
+from megatron_r1.train.policy import Figures, Policy
+from megatron_r1.train.reference import Reference
+from megatron_r1.types import Group
+
+
+def run(config: RLConfig) -> dict[str, Any]:
+    """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
+    began = time.monotonic()
+    initialize(config.parallel, config.seed)
+    learner = _Learner.build(config)
+    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint)
+    start = checkpoints.latest() or 0
+    carried: Figures = {}
+    if start:
+        carried = checkpoints.load(start, learner.policy.trainable, {"reference": learner.reference.weights})
+    enabled = is_first_rank()
+    report = Report(config.output, config.report, "R1-Zero", config.steps, dump(config), start, enabled=enabled)
+    with report, Collector(config, learner.tokenizer, report) as collector:
+        report.message(_batch_arithmetic(config, parameter_count(learner.policy.model.module)))
+        collector.push(learner.export(), version=start)
+        if not start:
+            carried = {f"{name}_base": value for name, value in learner.evaluate(collector, report, 0).items()}
+        for step in range(start, config.steps):
+            done = step + 1
+            if step and config.evaluation.every and step % config.evaluation.every == 0:
+                learner.evaluate(collector, report, step)
+            with report.step(step):
+                groups = collector.collect(*learner.draw(step))  # {o_i} ~ pi_old(.|q), r_i
+                learner.estimate(groups)  # A_i = (r_i - mean) / std
+                with report.phase("logprobs"):
+                    batch, figures = learner.prepare(groups, step)
+                carried |= {} if "logprob_difference_first" in carried else _gate(config, figures, report)
+                with report.phase("update"):
+                    for minibatch in batch:
+                        report.add(learner.policy.step(minibatch, learner.loss))  # ascend J_GRPO
+                collector.push(learner.export(), version=done)  # pi_old <- pi_theta
+                if learner.needs_reference and learner.reference.refresh(done):
+                    report.message(f"reference := policy after step {done}")
+                report.add(figures | rollout_figures(groups))
+                report.set({name: float(count) for name, count in collector.counters.items()})
+            report.samples(step, groups[:1], "train")
+            if checkpoints.due(done, config.steps):
+                with report.phase("checkpoint"):
+                    checkpoints.save(
+                        done, learner.policy.trainable, {"reference": learner.reference.weights}, carried | figures
+                    )
+        final = {f"{name}_final": value for name, value in learner.evaluate(collector, report, config.steps).items()}
+        learner.save_model()
+        return report.summary(_summary(config, carried, final, time.monotonic() - began))
+
+
+@dataclass
+class _Learner:
+    """The trainer's side: what is sampled for, how it is scored into a loss, what is updated."""
+
+    config: RLConfig
+    tokenizer: Tokenizer
+    policy: Policy
+    reference: Reference
+    questions: Questions
+    heldout: list[Any]
+    estimate: Any
+    loss: Grpo
+
+    @classmethod
+    def build(cls, config: RLConfig) -> "_Learner":
+        """Everything that needs no engine, so that bad input is reported before one starts."""
+        tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
+        model = build_model(config.model, config.rollout.max_model_len)
+        check_tokenizer(model, tokenizer.vocab_size)
+        exam = heldout(config.heldout, config.evaluation.questions)
+        policy = Policy(model, config.optim, config.steps * config.minibatches, config.rollout.temperature)
+        return cls(
+            config=config,
+            tokenizer=tokenizer,
+            policy=policy,
+            reference=Reference(policy, config.reference.refresh_every),
+            questions=Questions(config.data, config.seed, exclude=texts(exam)),
+            heldout=exam,
+            estimate=registry.build("advantage", config.advantage),
+            loss=registry.build("loss", config.loss),
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss.needs_reference
+
+    def draw(self, step: int) -> tuple[list[Any], int, int]:
+        """Questions, group size and seed of a step's rollout."""
+        questions = self.questions.take(step, self.config.questions)
+        return questions, self.config.group_size, stream_seed("rollout", self.config.seed, step)
+
+    def prepare(self, groups: list[Group], step: int) -> tuple[list[Minibatch], Figures]:
+        """This rank's minibatches with old and reference log-probabilities, and what these show."""
+        config, policy = self.config, self.policy
+        share = Share(policy.rank, policy.ranks, config.tokens_per_microbatch, device())
+        seed = stream_seed("minibatches", config.seed, step)
+        batch, entropies = [], []
+        for minibatch in split(trajectories(groups), config.minibatches, seed, self.loss, share):
+            old, entropy = policy.logprobs_and_entropies(minibatch)
+            ref = self.reference.logprobs(minibatch) if self.needs_reference else None
+            batch.append(with_logprobs(minibatch, old, ref))
+            entropies += entropy
+        return batch, logprob_difference(batch) | {"entropy": float(torch.cat(entropies).mean())}
+
+    def evaluate(self, collector: Collector, report: Report, step: int) -> Figures:
+        """Held-out questions, answered by the policy as it is after `step` steps."""
+        section = self.config.evaluation
+        groups = collector.collect(self.heldout, section.samples, stream_seed("evaluation"), section.temperature)
+        figures = heldout_figures(groups)
+        report.evaluation(step, figures)
+        if step in (0, self.config.steps):
+            report.samples(step, groups, "after" if step else "before")
+        return figures
+
+    def export(self) -> Any:
+        """The policy's weights under their Hugging Face names."""
+        return self.policy.model.map.export(self.policy.model.module, getattr(torch, self.config.model.dtype))
+
+    def save_model(self) -> None:
+        """Write the trained model as a Hugging Face folder."""
+        tokenizer = self.config.tokenizer or self.config.model.path
+        hf = self.policy.model.hf
+        from_first_rank(lambda: hf_folder.write(self.config.output / "hf", hf, self.export(), tokenizer))
+
+
+def _gate(config: RLConfig, figures: Figures, report: Report) -> Figures:
+    """Before the first update: refuse to train when trainer and engine disagree."""
+    mean, largest = figures["logprob_difference_mean"], figures["logprob_difference_max"]
+    report.message(f"trainer/engine log-probability difference before the first update: mean {mean:.1e}, max {largest:.1e}")
+    refuse_above(config.logprob_bound, figures)
+    return {"logprob_difference_first": mean}
+
+
+def _batch_arithmetic(config: RLConfig, parameters: int) -> str:
+    samples = config.questions * config.group_size
+    return (
+        f"{parameters:,} parameters; a step is {config.questions} questions x {config.group_size} samples = {samples} "
+        f"samples = {config.minibatches} updates of {samples // config.minibatches}"
+    )
+
+
+def _summary(config: RLConfig, carried: Figures, final: Figures, seconds: float) -> dict[str, Any]:
+    short = {name.replace("heldout_format", "format_rate"): value for name, value in (carried | final).items()}
+    return {
+        "model": str(config.output / "hf"),
+        "steps": config.steps,
+        "updates": config.steps * config.minibatches,
+        "samples": config.steps * config.questions * config.group_size,
+        "seconds_total": seconds,
+        **short,
+    }

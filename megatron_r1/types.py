@@ -1,0 +1,60 @@
+"""What crosses package borders: questions, samples, groups.
+
+A worked example, one question answered by a group of two::
+
+    question = Question(id="chain_sum-7", task="reasoning_gym", prompt="... User: 3 + 4 - 2? Assistant:",
+                        answer="5", metadata={"dataset": "chain_sum", "entry": {...}})
+    good = Sample(tokens=[41, 7, 2], logprobs=[-0.1, -0.4, 0.0], text="<think>3+4=7 ...</answer>",
+                  finished=True, weight_version=12)
+    bad = Sample(tokens=[41, 9, 2], logprobs=[-0.1, -2.3, 0.0], text="<think>...", finished=True,
+                 weight_version=12)
+    group = Group(question, prompt_tokens=[1, 88, 90], samples=[good, bad])
+    judge([group])               # fills sample.rewards = {"accuracy": 1.0, "format": 1.0}, sample.reward = 2.0
+    estimate([group])            # fills sample.advantage = +0.7071 and -0.7071
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt with what is needed to judge an answer to it."""
+
+    id: str
+    task: str
+    """Registry name of the task that made it (and that can verify an answer)."""
+    prompt: str
+    """The full text the policy continues, template included."""
+    answer: str
+    """Reference answer."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sample:
+    """One response of the policy to a question."""
+
+    tokens: list[int]
+    """Response token ids as the engine sampled them, end-of-sequence included when it was sampled. [response]"""
+    logprobs: list[float]
+    """The engine's log-probability of each sampled token, nats. [response]"""
+    text: str
+    finished: bool
+    """True when the response ended by itself, False when it was cut at the length limit."""
+    weight_version: int
+    """Version of the weights that generated it."""
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """Each reward part by name, before weighting; None = not applicable."""
+    reward: float = 0.0
+    """Weighted sum of the parts."""
+    advantage: float = 0.0
+
+
+@dataclass
+class Group:
+    """All samples of one question: the unit that is scored and normalised together."""
+
+    question: Question
+    prompt_tokens: list[int]
+    samples: list[Sample]

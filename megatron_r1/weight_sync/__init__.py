@@ -1,0 +1,1 @@
+"""The trainer's weights into the running engines: one transport a file."""

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Resolve the lock files anew from setup.py: requirements/lock.sh VENV (or `make lock`).
+# dev.lock holds only what cpu.lock does not, at versions that agree with it.
+set -euo pipefail
+venv=$(realpath "$1")
+cd "$(dirname "$0")/.."
+
+folders=()
+for folder in $("$venv/bin/python" -m pip config get global.find-links 2>/dev/null || true); do
+    folders+=(--find-links "$folder")
+done
+compile() {
+    "$venv/bin/python" -m uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header \
+        "${folders[@]}" --excludes requirements/excluded.txt "$@"
+}
+
+header="# Exact versions of everything that is installed, by requirements/lock.sh from setup.py. Do not edit."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+compile setup.py --extra cpu --output-file "$work/cpu"
+compile setup.py --extra cpu --extra dev --constraint "$work/cpu" --output-file "$work/all"
+{ echo "$header"; cat "$work/cpu"; } > requirements/cpu.lock
+{ echo "$header"; grep -vxFf "$work/cpu" "$work/all"; } > requirements/dev.lock

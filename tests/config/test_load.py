@@ -1,0 +1,178 @@
+"""Run files: what is read, what is refused, and what the refusal says."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_r1.config.load import dump, load
+from megatron_r1.config.runs import PretrainConfig, RLConfig
+from megatron_r1.errors import ConfigError
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides, RLConfig)
+    return str(caught.value)
+
+
+def test_values_and_defaults(rl_file: Path) -> None:
+    config = load(rl_file, [], RLConfig)
+    assert (config.steps, config.optim.lr, config.model.path) == (3, 1e-4, Path("model"))
+    assert (config.group_size, config.reference.refresh_every, config.rollout.temperature) == (4, 25, 1.0)
+
+
+def test_a_config_is_frozen(rl_file: Path) -> None:
+    config = load(rl_file, [], RLConfig)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.steps = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("--steps=7", lambda config: config.steps == 7),
+        ("--optim.lr=2e-5", lambda config: config.optim.lr == 2e-5),
+        ("--optim.lr=1", lambda config: config.optim.lr == 1.0),
+        ("--output=runs/other", lambda config: config.output == Path("runs/other")),
+        ('--output="runs/a b"', lambda config: config.output == Path("runs/a b")),
+        ("--report.console=false", lambda config: config.report.console is False),
+        ("--report.wandb=offline", lambda config: config.report.wandb == "offline"),
+        ('--rollout.arguments=["--seed=1", "-v"]', lambda config: config.rollout.arguments == ["--seed=1", "-v"]),
+        ("--loss.clip=0.3", lambda config: config.loss["clip"] == 0.3),
+        ("--rewards.format.type=format", lambda config: config.rewards["format"] == {"type": "format"}),
+        ("--data.task.sizes={low = 1, high = 2}", lambda config: config.data.task["sizes"] == {"low": 1, "high": 2}),
+        ("--report.wandb_project=a=b", lambda config: config.report.wandb_project == "a=b"),
+    ],
+)
+def test_override(rl_file: Path, override: str, read: object) -> None:
+    assert callable(read)
+    assert read(load(rl_file, [override], RLConfig))
+
+
+def test_the_last_override_wins(rl_file: Path) -> None:
+    assert load(rl_file, ["--steps=7", "--steps=8"], RLConfig).steps == 8
+
+
+@pytest.mark.parametrize("override", ["steps=7", "--steps", "--=7", "-steps=7", "seven"])
+def test_malformed_override(rl_file: Path, override: str) -> None:
+    message = refusal(rl_file, override)
+    assert override in message
+    assert "--section.key=value" in message
+
+
+@pytest.mark.parametrize("override", ["--steps.x=7", "--optim..lr=1.0", "--optim.=1.0"])
+def test_override_of_what_is_not_there(rl_file: Path, override: str) -> None:
+    refusal(rl_file, override)
+
+
+def test_an_override_cannot_smuggle_in_other_keys(rl_file: Path) -> None:
+    refusal(rl_file, "--steps=7\nseed = 3")
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "near"),
+    [
+        ("--stps=7", "stps", "steps"),
+        ("--optim.learning_rat=1", "optim.learning_rat", None),
+        ("--optim.warmup_step=1", "optim.warmup_step", "warmup_steps"),
+        ("--rollout.max_token=1", "rollout.max_token", "max_tokens"),
+        ("--optmi.lr=1.0", "optmi", "optim"),
+        ("--zzzzzz=1", "zzzzzz", None),
+    ],
+)
+def test_unknown_key_names_the_nearest(rl_file: Path, override: str, unknown: str, near: str | None) -> None:
+    message = refusal(rl_file, override)
+    assert f"unknown key {unknown!r}" in message
+    assert (f"did you mean {near!r}" in message) if near else ("did you mean 'lr'" not in message)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("--steps=many", "steps"),
+        ("--steps=1.5", "steps"),
+        ("--steps=0", "steps"),
+        ("--steps=-3", "steps"),
+        ("--optim.lr=fast", "optim.lr"),
+        ("--optim=3", "optim"),
+        ("--optim.beta1=1.5", "optim.beta1"),
+        ("--model.dtype=float64", "model.dtype"),
+        ("--rollout.arguments=1", "rollout.arguments"),
+        ("--rollout.top_p=0.0", "rollout.top_p"),
+        ("--optim.lr=nan", "optim.lr"),
+        ("--optim.lr=inf", "optim.lr"),
+        ("--steps=true", "steps"),
+        ('--steps="7"', "steps"),
+        ("--report.console=1", "report.console"),
+    ],
+)
+def test_wrong_type_or_value(rl_file: Path, override: str, key: str) -> None:
+    assert f"{key}: " in refusal(rl_file, override)
+
+
+def test_every_mistake_is_listed(rl_file: Path) -> None:
+    message = refusal(rl_file, "--steps=many", "--optim.lr=fast", "--sed=1")
+    assert all(part in message for part in ("steps", "optim.lr", "'sed'", "'seed'", str(rl_file)))
+
+
+def test_group_size_of_one(rl_file: Path) -> None:
+    assert "group_size 1" in refusal(rl_file, "--group_size=1")
+
+
+def test_minibatches_show_the_arithmetic(rl_file: Path) -> None:
+    assert "4 questions x 4 samples = 16 do not divide into 3 minibatches" in refusal(rl_file, "--minibatches=3")
+
+
+def test_cross_key_checks(rl_file: Path) -> None:
+    assert "min_lr 1 is above lr 0.0001" in refusal(rl_file, "--optim.min_lr=1.0")
+    assert "max_tokens 64 leaves no room" in refusal(rl_file, "--rollout.max_tokens=64")
+    assert "[rewards] is empty" in refusal(rl_file, "--rewards={}")
+
+
+def test_missing_key(rl_file: Path) -> None:
+    rl_file.write_text(rl_file.read_text().replace("lr = 1e-4", ""))
+    assert "'optim.lr' is missing" in refusal(rl_file)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "none.toml")
+    assert "none.toml" in message
+    assert "No such file" in message
+
+
+def test_folder_instead_of_file(tmp_path: Path) -> None:
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_empty_file(rl_file: Path, text: str) -> None:
+    rl_file.write_text(text)
+    assert "is empty" in refusal(rl_file)
+
+
+@pytest.mark.parametrize("text", ["steps = ", "[optim\nlr = 1", "steps = 1\nsteps = 2"])
+def test_malformed_file(rl_file: Path, text: str) -> None:
+    rl_file.write_text(text)
+    assert "not valid TOML" in refusal(rl_file)
+
+
+def test_binary_file(rl_file: Path) -> None:
+    rl_file.write_bytes(b"\xff\xfe\x00steps")
+    assert str(rl_file) in refusal(rl_file)
+
+
+def test_dump_loads_back_to_the_same_config(rl_file: Path, tmp_path: Path) -> None:
+    config = load(rl_file, ["--optim.lr=3e-6", "--evaluation.every=5", '--output="a \\"b\\" ü"'], RLConfig)
+    again = tmp_path / "again.toml"
+    again.write_text(dump(config))
+    assert load(again, [], RLConfig) == config
+    assert tomllib.loads(again.read_text())["optim"]["beta2"] == 0.95
+
+
+def test_the_schema_of_another_verb_is_not_accepted(rl_file: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'group_size'"):
+        load(rl_file, [], PretrainConfig)

@@ -1,0 +1,44 @@
+"""What several test folders share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on busy cores cost many times what they gain
+
+
+RL_FILE = """
+output = "runs/rl"
+steps = 3
+questions = 4
+group_size = 4
+minibatches = 2
+
+[model]
+path = "model"
+
+[data.task]
+type = "reasoning_gym"
+
+[heldout.task]
+type = "reasoning_gym"
+
+[rewards.accuracy]
+type = "accuracy"
+
+[rollout]
+max_model_len = 64
+max_tokens = 32
+
+[optim]
+lr = 1e-4
+"""
+
+
+@pytest.fixture
+def rl_file(tmp_path: Path) -> Path:
+    """A small, valid run file of the `rl` verb."""
+    path = tmp_path / "rl.toml"
+    path.write_text(RL_FILE)
+    return path

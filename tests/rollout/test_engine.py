@@ -1,0 +1,24 @@
+"""Seeds of random streams, and what counts as a finished response."""
+
+import pytest
+
+from megatron_r1.errors import EngineError
+from megatron_r1.rollout.engine import stream_seed, to_sample
+
+
+def test_streams_are_apart_and_stable() -> None:
+    seeds = {stream_seed(seed, prompt, sample) for seed in range(4) for prompt in range(64) for sample in range(16)}
+    assert len(seeds) == 4 * 64 * 16
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert stream_seed(1, 2, 3) == 3751671686878481423
+
+
+def test_sample_keeps_what_the_engine_gave() -> None:
+    answer = {"tokens": [7, 2], "logprobs": [-0.1, -0.2], "finish_reason": "stop", "weight_versions": ["4", "3"]}
+    sample = to_sample(answer, decode=str)
+    assert (sample.tokens, sample.logprobs, sample.text) == ([7, 2], [-0.1, -0.2], "[7, 2]")
+    assert sample.finished
+    assert sample.weight_version == 3, "a response over an update counts as the older policy's"
+    assert not to_sample(answer | {"finish_reason": "length"}, decode=str).finished
+    with pytest.raises(EngineError, match="abort"):
+        to_sample(answer | {"finish_reason": "abort"}, decode=str)

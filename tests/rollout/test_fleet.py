@@ -1,0 +1,173 @@
+"""Real vLLM servers against transformers, against themselves, and against bad luck."""
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_r1.errors import DataError, EngineError
+from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.types import Sample
+from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+from tests.rollout.tiny_model import VOCABULARY, decode, free_port, rollout_section
+
+Reference = Callable[[Path, list[int], list[int], float], torch.Tensor]
+
+
+def make_prompts(count: int, seed: int) -> list[list[int]]:
+    """Random token ids with one beginning for all of them, as a template gives, longer than a cache block."""
+    draw = random.Random(seed)
+    beginning = [1, *(draw.randrange(3, VOCABULARY) for _ in range(20))]
+    return [beginning + [draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(5, 40))] for _ in range(count)]
+
+
+def bits(groups: list[list[Sample]]) -> list[list[tuple[list[int], list[float]]]]:
+    return [[(sample.tokens, sample.logprobs) for sample in group] for group in groups]
+
+
+def difference(
+    reference: Reference, model: Path, prompts: list[list[int]], groups: list[list[Sample]], temperature: float
+) -> torch.Tensor:
+    """|engine - transformers| of every sampled token's log-probability, nats."""
+    return torch.cat(
+        [
+            (reference(model, prompt, sample.tokens, temperature) - torch.tensor(sample.logprobs)).abs()
+            for prompt, group in zip(prompts, groups, strict=True)
+            for sample in group
+        ]
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_transformers(
+    fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], reference: Reference, temperature: float
+) -> None:
+    prompts = make_prompts(8, seed=0)
+    groups = fleets[0].sample(prompts, n=2, seed=3, temperature=temperature)
+    found = difference(reference, models[0], prompts, groups, temperature)
+    assert found.mean() <= 1e-5
+    assert found.max() <= 1e-4
+
+
+def test_shape_ends_and_text(fleets: tuple[Fleet, Fleet]) -> None:
+    groups = fleets[0].sample(make_prompts(16, seed=1), n=8, seed=5)
+    samples = [sample for group in groups for sample in group]
+    assert [len(group) for group in groups] == [8] * 16
+    for sample in samples:
+        assert len(sample.tokens) == len(sample.logprobs) <= 40
+        assert sample.finished == (sample.tokens[-1] == 2)
+        assert 2 not in sample.tokens[:-1]
+        assert sample.finished or len(sample.tokens) == 40
+        assert sample.text == decode(sample.tokens)
+    assert any(sample.finished for sample in samples)
+    long = [tuple(sample.tokens) for sample in samples if len(sample.tokens) > 5]
+    assert len(set(long)) == len(long) > 64, "two responses share a random stream"
+    short = fleets[0].sample([[1, 5]], n=4, seed=0, max_tokens=3)[0]
+    assert max(len(sample.tokens) for sample in short) == 3
+
+
+def test_the_same_call_gives_the_same_bits(fleets: tuple[Fleet, Fleet]) -> None:
+    """64 x 4 responses, three times, after other batches and while the server's processes are stopped at random."""
+    fleet, prompts = fleets[0], make_prompts(64, seed=2)
+    expected = bits(fleet.sample(prompts, n=4, seed=9))
+    for attempt in range(2):
+        fleet.sample(prompts[:5], n=3, seed=attempt)
+        with interrupted(fleet, seed=attempt):
+            assert bits(fleet.sample(prompts, n=4, seed=9)) == expected
+    assert bits(fleet.sample(prompts, n=4, seed=10)) != expected
+
+
+class interrupted:  # noqa: N801 (reads as a word in a with statement)
+    """Stops and continues the server's processes at random moments."""
+
+    def __init__(self, fleet: Fleet, seed: int) -> None:
+        self.processes = vllm_processes(fleet)
+        self.draw = random.Random(seed)
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        while not self.done.wait(self.draw.uniform(0.005, 0.03)):
+            process = self.draw.choice(self.processes)
+            process.suspend()
+            time.sleep(self.draw.uniform(0.001, 0.03))
+            process.resume()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def test_prompt_without_room_is_refused(fleets: tuple[Fleet, Fleet]) -> None:
+    with pytest.raises(DataError, match=r"prompt 1 of the batch has 128 tokens.*max_model_len = 128"):
+        fleets[0].sample([[1, 5], [5] * 128], n=2, seed=0)
+
+
+def test_updated_engine_is_bitwise_a_fresh_one(
+    fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], reference: Reference, tmp_path: Path
+) -> None:
+    """The second server loaded from disk what the first is given in place; they are different processes, too."""
+    updated, fresh = fleets
+    prompts = make_prompts(64, seed=4)
+    before = bits(updated.sample(prompts, n=4, seed=6))  # fills the prefix cache with the old weights' keys and values
+    sync = SharedMemorySync(updated, tmp_path)
+    assert sync.push(load_file(models[1] / "model.safetensors").items(), version=7) > 0
+    groups = updated.sample(prompts, n=4, seed=6)
+    assert updated.version == 7
+    assert {sample.weight_version for group in groups for sample in group} == {7}
+    assert bits(groups) == bits(fresh.sample(prompts, n=4, seed=6)) != before
+    assert difference(reference, models[1], prompts[:8], groups[:8], 1.0).mean() <= 1e-5
+    sync.push(load_file(models[0] / "model.safetensors").items(), version=8)
+    assert bits(updated.sample(prompts, n=4, seed=6)) == before
+
+
+def test_port_in_use_is_named(fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], tmp_path: Path) -> None:
+    port = fleets[0].section.port
+    with pytest.raises(EngineError, match=f"port {port} .*in use.*rollout.port"):
+        Fleet(rollout_section(port), models[0], tmp_path, "float32", decode)
+
+
+def test_death_at_start_shows_the_log(models: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = (models[0] / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("DeepseekV3ForCausalLM", "NoSuchModel"))
+    with pytest.raises(EngineError, match=r"(?s)has died.*engine-0.log.*NoSuchModel"):
+        Fleet(rollout_section(free_port()), folder, tmp_path, "float32", decode)
+
+
+def test_killed_engine_core_is_an_error_at_once(fleets: tuple[Fleet, Fleet]) -> None:
+    """Stands last: it costs the second server."""
+    fleet = fleets[1]
+    processes = vllm_processes(fleet)
+    core = next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
+    threading.Timer(0.5, core.kill).start()
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"(?s)vLLM at http://127.0.0.1.*the end of its log"):
+        sample_for_ever(fleet)
+    assert time.monotonic() - started < 60
+    fleet.close()
+    assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def sample_for_ever(fleet: Fleet) -> None:
+    for seed in itertools.count():
+        fleet.sample(make_prompts(64, seed=seed), n=4, seed=seed)
+
+
+def vllm_processes(fleet: Fleet) -> list[psutil.Process]:
+    """Everything below the fleet's supervisors."""
+    mine = psutil.Process().children()
+    marker = f"--port={fleet.section.port}"
+    supervisors = [process for process in mine if marker in process.cmdline()]
+    return [process for supervisor in supervisors for process in supervisor.children(recursive=True)]

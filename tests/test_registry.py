@@ -1,0 +1,73 @@
+"""Components by name."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.errors import ConfigError
+from megatron_r1.registry import BUILT_IN, build, resolve
+
+OWN_REWARD = """
+from megatron_r1.config.section import Section
+
+
+class Brevity:
+    class Config(Section):
+        limit: int = 10
+
+    def __init__(self, config, scale=1):
+        self.config, self.scale = config, scale
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_lab_rewards.py").write_text(OWN_REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_lab_rewards", raising=False)
+    return "my_lab_rewards"
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BUILT_IN.items() for name in names])
+def test_every_built_in_resolves(kind: str, name: str) -> None:
+    assert resolve(kind, name).__name__ == BUILT_IN[kind][name].split(":")[1]
+
+
+def test_own_component(own_module: str) -> None:
+    section = {"type": f"{own_module}:Brevity", "limit": 3}
+    reward = build("reward", section, scale=2)
+    assert (reward.config.limit, reward.scale) == (3, 2)
+    assert section == {"type": f"{own_module}:Brevity", "limit": 3}
+
+
+def test_unknown_option_names_the_nearest(own_module: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"reward 'my_lab_rewards:Brevity': unknown key 'limits', did you mean 'limit'"
+    ):
+        build("reward", {"type": f"{own_module}:Brevity", "limits": 3})
+
+
+def test_unknown_name_names_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no reward is called 'acuracy', did you mean 'accuracy'\?.*accuracy, format"
+    ):
+        resolve("reward", "acuracy")
+
+
+@pytest.mark.parametrize("name", ["no.such.module:Name", "json:NoSuchName"])
+def test_what_cannot_be_imported(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"reward '{name}' cannot be imported"):
+        resolve("reward", name)
+
+
+@pytest.mark.parametrize("name", [":Name", "json:", ":"])
+def test_half_a_name(name: str) -> None:
+    with pytest.raises(ConfigError):
+        resolve("reward", name)
+
+
+@pytest.mark.parametrize("section", [{}, {"limit": 3}, {"type": 3}])
+def test_section_without_a_type(section: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="needs a `type`"):
+        build("reward", section)

@@ -64,32 +64,34 @@ def main(arguments: list[str] | None = None) -> int:
     verb = VERBS[options.verb]
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        summary = _run(verb, options, overrides)
+        return _run(verb, options, overrides)
     except UserError as error:
         print(f"megatron-r1 {options.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print(f"megatron-r1 {options.verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"megatron-r1 {options.verb}: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
-    if options.json and summary is not None:
-        print(json.dumps(summary))
-    return 0
 
 
-def _run(verb: Verb, options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | None:
+def _run(verb: Verb, options: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_r1.config.load import dump, load
 
     config = load(options.config, overrides, _import(verb.config))
     if options.dry_run:
         print(dump(config), end="")
-        return None
+        return 0
     parallel = getattr(config, "parallel", None)
     if parallel is not None and parallel.processes > 1 and "RANK" not in os.environ:
         from megatron_r1.launch import relaunch
 
         return relaunch(parallel.processes, sys.argv[1:])
-    summary: dict[str, Any] | None = _import(verb.run)(config)
-    return summary
+    summary: dict[str, Any] = _import(verb.run)(config)
+    if options.json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(summary))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

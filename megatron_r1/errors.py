@@ -20,6 +20,10 @@ class EngineError(UserError, RuntimeError):
     """The rollout engine could not start, died, or does not match the trainer."""
 
 
+class NumericsError(UserError, ArithmeticError):
+    """A loss or gradient that is not finite; training on would destroy the weights."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -47,20 +47,3 @@ def resolve(kind: str, name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{kind} {name!r} cannot be imported: {error}") from error
-
-
-def build(kind: str, section: dict[str, Any], **context: Any) -> Any:
-    """Instantiate a component from its TOML section: `type` names it, the other keys fill its `Config`.
-
-    A component is a class with a nested or attached `Config` (a `config.Section`) and
-    `__init__(self, config, **context)`.
-    """
-    from megatron_r1.config.load import validate
-
-    options = dict(section)
-    name = options.pop("type", None)
-    if not isinstance(name, str):
-        raise ConfigError(f"a {kind} section needs a `type`; it has {sorted(section)}")
-    component = resolve(kind, name)
-    config = validate(component.Config, options, where=f"{kind} {name!r}")
-    return component(config, **context)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.config.component import build
 from megatron_r1.errors import ConfigError
-from megatron_r1.registry import BUILT_IN, build, resolve
+from megatron_r1.registry import BUILT_IN, resolve
 
 OWN_REWARD = """
 from megatron_r1.config.section import Section

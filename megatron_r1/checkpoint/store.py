@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 
 from megatron_r1.config.sections import CheckpointSection
 from megatron_r1.errors import DataError
-from megatron_r1.optim.optimizer import Trainable
+from megatron_r1.model.trainable import Trainable
 
 _NAME = re.compile(r"step_(\d{8})")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -107,7 +107,9 @@ class Checkpoints:
         for name, tensors in weights.items():
             sharded = trainable.module.sharded_state_dict(prefix=f"weights.{name}.", metadata=metadata)
             state[f"weights.{name}"] = {
-                key.removeprefix(f"weights.{name}."): _with_data(value, tensors.get(key.removeprefix(f"weights.{name}.")))
+                key.removeprefix(f"weights.{name}."): _with_data(
+                    value, tensors.get(key.removeprefix(f"weights.{name}."))
+                )
                 for key, value in sharded.items()
             }
         return state

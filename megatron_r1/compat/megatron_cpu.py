@@ -105,7 +105,7 @@ class _CpuNamespace(types.ModuleType):
         return torch.get_rng_state()
 
     def all_gather(self, outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any) -> None:
-        """gloo's all_gather refuses unequal sizes: pad to the largest, then cut."""
+        """Gloo's all_gather refuses unequal sizes: pad to the largest, then cut."""
         longest = max(output.size(0) for output in outputs)
         padded = tensor.new_zeros(longest, *tensor.shape[1:])
         padded[: tensor.size(0)] = tensor

@@ -35,7 +35,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -47,7 +47,7 @@ class FusedAdam(torch.optim.Optimizer):
                 continue
             adam(
                 params,
-                [param.grad for param in params],
+                [param.grad for param in params if param.grad is not None],
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 [],
@@ -79,23 +79,22 @@ def _random(module: ModuleType) -> None:
     names["_get_cuda_rng_state"] = lambda *args, **kwargs: torch.get_rng_state()
     names["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    class CpuRNGStatesTracker(names["CudaRNGStatesTracker"]):  # type: ignore[misc]
-        @contextlib.contextmanager
-        def fork(self, name: str = names["_MODEL_PARALLEL_RNG_TRACKER_NAME"]) -> Iterator[None]:
-            outer = torch.get_rng_state()
-            torch.set_rng_state(self.states_[name])
-            try:
-                yield
-            finally:
-                self.states_[name] = torch.get_rng_state()
-                torch.set_rng_state(outer)
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = names["_MODEL_PARALLEL_RNG_TRACKER_NAME"]) -> Iterator[None]:
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
 
-    names["CudaRNGStatesTracker"] = CpuRNGStatesTracker
+    names["CudaRNGStatesTracker"].fork = fork
     names["CheckpointWithoutOutput"].__init__.__defaults__ = (None,)
 
 
 def _multi_latent_attention(module: ModuleType) -> None:
-    """:64 HAVE_TE is True without TE. :569 the local spec does not sum k_pos_emb's gradient over the heads of TP ranks."""
+    """:64 HAVE_TE is True without TE. :569 k_pos_emb's gradient is not summed over the heads of TP ranks."""
     from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
     names = vars(module)
@@ -104,7 +103,9 @@ def _multi_latent_attention(module: ModuleType) -> None:
 
     def apply_rotary_pos_emb(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         shared_by_heads = t.size(-2) == 1
-        rotated: torch.Tensor = apply(copy_to_tensor_model_parallel_region(t) if shared_by_heads else t, *args, **kwargs)
+        rotated: torch.Tensor = apply(
+            copy_to_tensor_model_parallel_region(t) if shared_by_heads else t, *args, **kwargs
+        )
         return rotated
 
     names["apply_rotary_pos_emb"] = apply_rotary_pos_emb

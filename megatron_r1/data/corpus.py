@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.progress import track
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.config.runs import GenerateConfig
 from megatron_r1.data.files import write_json, write_lines
 from megatron_r1.data.questions import distinct, heldout, stream_seed, texts
@@ -28,7 +28,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     Raises:
         ConfigError: unknown task, style or template, or shares that sum to zero.
     """
-    task: Task = registry.build("task", config.task)
+    task: Task = component.build("task", config.task)
     _check_quality(config, task.name)
     excluded = texts(heldout(config.heldout, config.heldout_questions)) if config.heldout else frozenset()
     summary: dict[str, Any] = {"task": task.name, "heldout_questions": len(excluded)}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import count
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.config.sections import TaskSection
 from megatron_r1.data.tasks.base import Problem, Task
 from megatron_r1.data.templates import render
@@ -28,7 +28,7 @@ class Questions:
         self.section = section
         self.seed = seed
         self.exclude = exclude
-        self._task: Task = registry.build("task", section.task)
+        self._task: Task = component.build("task", section.task)
 
     def take(self, step: int, n: int) -> list[Question]:
         """The `n` questions of rollout `step`, whatever was taken before.
@@ -47,7 +47,7 @@ def heldout(section: TaskSection, n: int) -> list[Question]:
     Raises:
         ConfigError: the task has fewer than `n` different questions.
     """
-    task: Task = registry.build("task", section.task)
+    task: Task = component.build("task", section.task)
     problems = distinct(task, stream_seed("heldout"), frozenset(), repeats=False)
     return [question(section, task.name, f"heldout-{index}", next(problems)) for index in range(n)]
 

@@ -58,7 +58,8 @@ class Grpo:
 
     def __call__(self, logprobs: torch.Tensor, inputs: LossInputs) -> tuple[torch.Tensor, Metrics]:
         """This microbatch's part of the loss and of the metrics. `logprobs`: [tokens], nats."""
-        assert inputs.advantages is not None and inputs.old_logprobs is not None
+        assert inputs.advantages is not None
+        assert inputs.old_logprobs is not None
         log_ratio = logprobs - inputs.old_logprobs
         if self.config.ratio == "sequence":
             totals = log_ratio.new_zeros(int(inputs.segments[-1]) + 1).index_add(0, inputs.segments, log_ratio)

@@ -48,8 +48,8 @@ def build_model(section: ModelSection, max_sequence_length: int) -> BuiltModel:
         raise ConfigError(f"sequences of {max_sequence_length} tokens exceed max_position_embeddings {limit}")
     if hf.get("num_nextn_predict_layers") and not section.mtp_loss_coef and not section.load_weights:
         raise ConfigError(
-            "config.json has num_nextn_predict_layers > 0, but with mtp_loss_coef = 0 and load_weights = false "
-            "the MTP layer would be neither trained nor exported; set mtp_loss_coef > 0 or num_nextn_predict_layers to 0"
+            "config.json has an MTP layer, which mtp_loss_coef = 0 with load_weights = false would neither train nor "
+            "export: set mtp_loss_coef > 0, or num_nextn_predict_layers to 0 in config.json"
         )
     config = family.transformer_config(hf, section)
     module = GPTModel(

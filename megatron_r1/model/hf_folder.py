@@ -26,7 +26,9 @@ def read_config(folder: Path) -> HFConfig:
     try:
         config: HFConfig = json.loads(path.read_text())
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; a model folder needs a Hugging Face config.json") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; a model folder needs a Hugging Face config.json"
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not config.get("architectures"):

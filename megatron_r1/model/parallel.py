@@ -24,7 +24,7 @@ def initialize(section: ParallelSection, seed: int) -> None:
         torch.set_num_threads(section.threads)
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=TIMEOUT)

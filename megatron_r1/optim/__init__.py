@@ -1,4 +1,7 @@
-"""Megatron's optimizer and schedules. (Prepares megatron-core for the device before any module here imports it.)"""
+"""Megatron's optimizer and schedules.
+
+Prepares megatron-core for the device before any module here imports it.
+"""
 
 from megatron_r1.compat import megatron_cpu
 

@@ -1,7 +1,5 @@
 """Megatron's data-parallel wrapper, AdamW and schedule for one model."""
 
-from dataclasses import dataclass
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -11,17 +9,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_r1.config.sections import OptimSection
 from megatron_r1.model.build import BuiltModel
-
-
-@dataclass
-class Trainable:
-    """A model ready to be trained."""
-
-    ddp: DistributedDataParallel
-    module: GPTModel
-    """The same model without its wrappers."""
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+from megatron_r1.model.trainable import Trainable
 
 
 def make_trainable(model: BuiltModel, section: OptimSection, updates: int) -> Trainable:
@@ -90,5 +78,5 @@ def _keep_counts_in_float32(module: GPTModel) -> None:
     for submodule in module.modules():
         for name in ("local_tokens_per_expert", "expert_bias"):
             counts = getattr(submodule, name, None)
-            if torch.is_tensor(counts):
+            if isinstance(counts, torch.Tensor):
                 setattr(submodule, name, counts.float())

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import math_verify
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.config.section import Section
 from megatron_r1.reward.response import extract_answer
 from megatron_r1.types import Group, Question
@@ -57,7 +57,7 @@ class Accuracy:
         section = {**question.metadata.get("config", {}), "type": question.task}
         key = repr(section)
         if key not in self._tasks:
-            self._tasks[key] = registry.build("task", section)
+            self._tasks[key] = component.build("task", section)
         return self._tasks[key]
 
 

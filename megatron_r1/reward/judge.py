@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.config.section import Component
 from megatron_r1.errors import ConfigError
 from megatron_r1.reward.base import Reward
@@ -48,7 +48,7 @@ class Judge:
     ) -> None:
         self.weights = {name: _weight(name, section) for name, section in rewards.items()}
         sections = {name: {k: v for k, v in section.items() if k != "weight"} for name, section in rewards.items()}
-        self._rewards: dict[str, Reward] = {name: registry.build("reward", s) for name, s in sections.items()}
+        self._rewards: dict[str, Reward] = {name: component.build("reward", s) for name, s in sections.items()}
         self._isolated = {name: s for name, s in sections.items() if self._rewards[name].isolated}
         self._tasks = list(tasks)
         self._workers = workers

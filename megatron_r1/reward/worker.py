@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.config.section import Component
 from megatron_r1.errors import UserError
 from megatron_r1.reward.base import Reward
@@ -42,8 +42,8 @@ def serve(connection: Connection, rewards: dict[str, Component], tasks: Sequence
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
         for task in tasks:
-            registry.build("task", task)
-        built: dict[str, Reward] = {name: registry.build("reward", section) for name, section in rewards.items()}
+            component.build("task", task)
+        built: dict[str, Reward] = {name: component.build("reward", section) for name, section in rewards.items()}
         connection.send(Ready())
         while True:
             for name, group in connection.recv():

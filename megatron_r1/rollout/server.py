@@ -7,6 +7,7 @@ process group holds everything below the run, and ends with it.
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from megatron_r1.errors import DataError, EngineError
 HOST = "127.0.0.1"
 LOG_LINES = 30
 """Of the server's log in an error message."""
+ERROR_LINE = re.compile(r"\b[\w.]*(Error|Exception): .+")
 CPU_MLA_LATENT = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim): the only size that vLLM's MLA kernel for CPU takes."""
 CPU_STEP_TOKENS = 4096
@@ -70,21 +72,24 @@ class Server:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def log_tail(self, lines: int = LOG_LINES) -> str:
-        """The last lines that this server, not an earlier one with the same log, has written."""
+    def failure(self, what: str) -> EngineError:
+        """An error that says what happened to this server, and shows the end of its log and the first error in it."""
         with self.log.open("rb") as file:
             file.seek(self._log_start)
-            text = file.read().decode(errors="replace")
-        return "\n".join(text.rstrip().splitlines()[-lines:])
+            lines = file.read().decode(errors="replace").rstrip().splitlines()
+        errors = (match.group() for line in lines if (match := ERROR_LINE.search(line)))
+        message = [f"vLLM at {self.url} {what}; the end of its log {self.log}:", *lines[-LOG_LINES:]]
+        return EngineError("\n".join([*message, f"The first error in this log: {next(errors, 'none')}"]))
 
-    def failure(self, what: str) -> EngineError:
-        """An error that says what happened to this server, and shows the end of its log."""
-        return EngineError(f"vLLM at {self.url} {what}; the end of its log {self.log}:\n{self.log_tail()}")
+    def terminate(self) -> None:
+        """Ask the server to end, without waiting for it."""
+        if self.alive():
+            self._process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
         """End the whole process group: asked first, forced if the supervisor itself is gone or hangs."""
         if self.alive():
-            self._process.send_signal(signal.SIGTERM)
+            self.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(15)
         with contextlib.suppress(ProcessLookupError):

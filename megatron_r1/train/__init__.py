@@ -1,4 +1,7 @@
-"""One training loop a file, on `policy.Policy`. (Prepares megatron-core for the device before any module here imports it.)"""
+"""One training loop a file, on `policy.Policy`.
+
+Prepares megatron-core for the device before any module here imports it.
+"""
 
 from megatron_r1.compat import megatron_cpu
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_r1.data.packing import best_fit, deal, partition
 from megatron_r1.loss.base import Loss, LossInputs
@@ -37,7 +36,8 @@ class MicroBatch:
     """[rows, seq]; one row when packed."""
     labels: torch.Tensor
     """The token after each. [rows, seq]"""
-    packing: PackedSeqParams | None
+    ends: torch.Tensor | None
+    """Where each packed sequence ends, 0 first; None = every row is one sequence. [sequences + 1]"""
     selected: torch.Tensor
     """Flat indices of the positions whose prediction counts. [selected]"""
     inputs: LossInputs
@@ -103,7 +103,6 @@ def _pack(samples: list[tuple[Trajectory, float]], device: torch.device) -> Micr
     spans = zip(ends.tolist(), samples, strict=True)
     selected = [torch.arange(end - sample.response_length, end) for end, (sample, _) in spans]
     counts = torch.tensor([sample.response_length for sample, _ in samples])
-    boundaries = torch.cat([torch.zeros(1, dtype=torch.long), ends]).to(device=device, dtype=torch.int32)
 
     def spread(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts).to(device)
@@ -111,13 +110,7 @@ def _pack(samples: list[tuple[Trajectory, float]], device: torch.device) -> Micr
     return MicroBatch(
         tokens=torch.tensor([[t for sample, _ in samples for t in sample.tokens[:-1]]], device=device),
         labels=torch.tensor([[t for sample, _ in samples for t in sample.tokens[1:]]], device=device),
-        packing=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=boundaries,
-            cu_seqlens_kv=boundaries,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-        ),
+        ends=torch.cat([torch.zeros(1, dtype=torch.long), ends]).to(device=device, dtype=torch.int32),
         selected=torch.cat(selected).to(device),
         inputs=LossInputs(
             weights=spread([weight for _, weight in samples]),

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_r1.config.sections import OptimSection
+from megatron_r1.errors import NumericsError
 from megatron_r1.loss.base import Loss, Metrics
 from megatron_r1.model.build import BuiltModel
 from megatron_r1.model.logits import LogitsObserver
@@ -62,6 +64,9 @@ class Policy:
         """One optimizer update that minimises `loss` over the minibatch of all ranks.
 
         Returns the loss's own metrics with grad_norm, lr and, where the model trains them, mtp_loss.
+
+        Raises:
+            NumericsError: a gradient is not finite.
         """
         ddp, optimizer, scheduler = self.trainable.ddp, self.trainable.optimizer, self.trainable.scheduler
         ddp.zero_grad_buffer()
@@ -75,10 +80,9 @@ class Policy:
             return value * scale, metrics
 
         outputs = self._run(minibatch, objective, train=True)
+        self._refuse_non_finite()
         lr = optimizer.param_groups[0]["lr"]
-        succeeded, grad_norm, _ = optimizer.step()
-        if not succeeded:
-            raise FloatingPointError("the optimizer refused the update: a gradient is not finite")
+        _, grad_norm, _ = optimizer.step()
         scheduler.step(1)
         return self._total(outputs) | {"grad_norm": float(grad_norm), "lr": float(lr)} | self._mtp_loss(len(minibatch))
 
@@ -105,9 +109,7 @@ class Policy:
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro = next(batches)
             positions = torch.arange(micro.tokens.size(1), device=micro.tokens.device).expand_as(micro.tokens)
-            cross_entropy = model(
-                micro.tokens, positions, None, labels=micro.labels, packed_seq_params=micro.packing
-            )
+            cross_entropy = model(micro.tokens, positions, None, labels=micro.labels, packed_seq_params=_packing(micro))
             return cross_entropy, lambda output: objective(-output.flatten()[micro.selected], micro)
 
         outputs: list[Metrics] = self._schedule(
@@ -120,6 +122,17 @@ class Policy:
             forward_only=not train,
         )
         return outputs
+
+    def _refuse_non_finite(self) -> None:
+        """Raises `NumericsError` on every rank, before any weight changes, if any gradient is not finite."""
+        buffers = [*self.trainable.ddp.buffers, *self.trainable.ddp.expert_parallel_buffers]
+        total = torch.stack([buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers]).sum()
+        dist.all_reduce(total)
+        if not torch.isfinite(total):
+            raise NumericsError(
+                "a gradient is not finite, so the update was refused; the last checkpoint is intact. "
+                "Lower optim.lr or optim.clip_grad, or look for the step where grad_norm began to rise"
+            )
 
     def _total(self, outputs: list[Metrics]) -> Figures:
         """Sum over microbatches and ranks."""
@@ -136,3 +149,16 @@ class Policy:
         value = float(MTPLossLoggingHelper.tracker["values"].mean()) / microbatches
         MTPLossLoggingHelper.clean_loss_in_tracker()
         return {"mtp_loss": value}
+
+
+def _packing(micro: MicroBatch) -> PackedSeqParams | None:
+    if micro.ends is None:
+        return None
+    longest = int(micro.ends.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.ends,
+        cu_seqlens_kv=micro.ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

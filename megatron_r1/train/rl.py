@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_r1 import registry
 from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config import component
 from megatron_r1.config.load import dump
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import Questions, heldout, stream_seed, texts
@@ -107,8 +107,8 @@ class _Learner:
             reference=Reference(policy, config.reference.refresh_every),
             questions=Questions(config.data, config.seed, exclude=texts(exam)),
             heldout=exam,
-            estimate=registry.build("advantage", config.advantage),
-            loss=registry.build("loss", config.loss),
+            estimate=component.build("advantage", config.advantage),
+            loss=component.build("loss", config.loss),
         )
 
     @property
@@ -157,7 +157,9 @@ class _Learner:
 def _gate(config: RLConfig, figures: Figures, report: Report) -> Figures:
     """Before the first update: refuse to train when trainer and engine disagree."""
     mean, largest = figures["logprob_difference_mean"], figures["logprob_difference_max"]
-    report.message(f"trainer/engine log-probability difference before the first update: mean {mean:.1e}, max {largest:.1e}")
+    report.message(
+        f"trainer/engine log-probability difference before the first update: mean {mean:.1e}, max {largest:.1e}"
+    )
     refuse_above(config.logprob_bound, figures)
     return {"logprob_difference_first": mean}
 

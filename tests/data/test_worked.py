@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.data.tasks.base import Problem
 from megatron_r1.data.worked import styles
 from megatron_r1.errors import ConfigError
@@ -14,7 +14,7 @@ FORM = re.compile(r" <think>[^<]+</think> <answer>(-?\d+)</answer>")
 
 
 def problems(**options: int) -> Iterator[Problem]:
-    task = registry.build("task", {**TASK, "options": options or TASK["options"]})
+    task = component.build("task", {**TASK, "options": options or TASK["options"]})
     return (task.problem(5, index) for index in range(200))
 
 

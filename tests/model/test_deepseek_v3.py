@@ -39,7 +39,9 @@ def main_loss(built: BuiltModel, tokens: torch.Tensor) -> torch.Tensor:
 def test_logits_equal_transformers(built: BuiltModel, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
     logits = []
     # Cloned, because Megatron's cross-entropy works in place.
-    handle = built.module.output_layer.register_forward_hook(lambda module, args, output: logits.append(output[0].clone()))
+    handle = built.module.output_layer.register_forward_hook(
+        lambda module, args, output: logits.append(output[0].clone())
+    )
     with torch.no_grad():
         cross_entropy(built, tokens)
         expected = reference(tokens[:, :-1]).logits

@@ -88,12 +88,12 @@ def test_unusable_config_says_why(model_folder, changes: dict[str, object], mess
 def test_missing_weights_and_config(model_folder, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(DataError, match="load_weights = false"):
         build_model(section(model_folder(), load_weights=True), 128)
-    with pytest.raises(DataError, match="config.json"):
+    with pytest.raises(DataError, match=r"config\.json"):
         build_model(section(tmp_path / "nowhere"), 128)
 
 
 def test_lost_mtp_layer_and_long_context_are_refused(model_folder) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ConfigError, match="neither trained nor exported"):
+    with pytest.raises(ConfigError, match="neither train nor export"):
         build_model(section(mtp_loss_coef=0.0), 128)
     with pytest.raises(ConfigError, match="exceed max_position_embeddings 512"):
         build_model(section(), 513)
@@ -101,5 +101,5 @@ def test_lost_mtp_layer_and_long_context_are_refused(model_folder) -> None:  # t
 
 def test_tokenizer_must_fit(built: BuiltModel) -> None:
     check_tokenizer(built, 400)
-    with pytest.raises(ConfigError, match="401 tokens.*400"):
+    with pytest.raises(ConfigError, match=r"401 tokens.*400"):
         check_tokenizer(built, 401)

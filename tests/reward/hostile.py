@@ -48,7 +48,7 @@ class Careless:
     """Inline: returns what it is told, whatever the group."""
 
     class Config(Section):
-        scores: list[float]
+        scores: list[str]
 
     isolated: ClassVar[bool] = False
 
@@ -56,4 +56,4 @@ class Careless:
         self.config = config
 
     def __call__(self, group: Group) -> list[float | None]:
-        return list(self.config.scores)
+        return [float(score) for score in self.config.scores]

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.errors import ConfigError
 from megatron_r1.types import Group, Question, Sample
 
@@ -9,7 +9,7 @@ SUM = Question("0", "reasoning_gym", "20 + 22 =", "42", {"config": {"dataset": "
 
 
 def scores(question: Question, *answers: str, **config: object) -> list[float | None]:
-    reward = registry.build("reward", {"type": "accuracy", **config})
+    reward = component.build("reward", {"type": "accuracy", **config})
     texts = [f" <think>a</think> <answer>{answer}</answer>" for answer in answers]
     result: list[float | None] = reward(Group(question, [], [Sample([], [], text, True, 0) for text in texts]))
     return result
@@ -27,7 +27,7 @@ def test_partial_credit_only_on_request() -> None:
 
 
 def test_only_answers_in_tags_count() -> None:
-    reward = registry.build("reward", {"type": "accuracy"})
+    reward = component.build("reward", {"type": "accuracy"})
     assert reward(Group(SUM, [], [Sample([], [], "42", True, 0)])) == [0.0]
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -162,7 +163,7 @@ if __name__ == "__main__":
 
 
 def test_a_killed_run_leaves_no_worker() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     run = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, env=environment)
     assert run.stdout is not None
     worker = int(run.stdout.readline())
@@ -178,7 +179,7 @@ def test_a_killed_run_leaves_no_worker() -> None:
 
 
 def test_rewards_without_isolation_need_no_worker() -> None:
-    careless = {"type": "tests.reward.hostile:Careless", "scores": [1.0, 2.0]}
+    careless = {"type": "tests.reward.hostile:Careless", "scores": ["1", "2"]}
     judge, asked = Judge({"fixed": careless}), group("a", "b")
     judge([asked])
     assert [sample.reward for sample in asked.samples] == [1.0, 2.0]
@@ -200,9 +201,9 @@ def test_bad_sections(rewards: dict[str, dict[str, object]], message: str) -> No
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([1.0], "'fixed' returned 1 scores for 2 samples"), ([1.0, float("inf")], "'fixed' returned inf")],
+    [(["1"], "'fixed' returned 1 scores for 2 samples"), (["1", "inf"], "'fixed' returned inf")],
 )
-def test_scores_that_are_none(scores: list[float], message: str) -> None:
+def test_scores_that_are_none(scores: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Judge({"fixed": {"type": "tests.reward.hostile:Careless", "scores": scores}})([group("a", "b")])
 

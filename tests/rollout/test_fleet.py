@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -138,12 +139,17 @@ def test_port_in_use_is_named(fleets: tuple[Fleet, Fleet], models: tuple[Path, P
 
 
 def test_death_at_start_shows_the_log(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """No weights: the engine core dies, and the cause stands far above the end of the log."""
     folder = tmp_path / "model"
     folder.mkdir()
-    config = (models[0] / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace("DeepseekV3ForCausalLM", "NoSuchModel"))
-    with pytest.raises(EngineError, match=r"(?s)has died.*engine-0.log.*NoSuchModel"):
+    shutil.copy(models[0] / "config.json", folder)
+    with pytest.raises(EngineError, match=r"(?s)has died.*engine-0.log.*first error.*Cannot find any model weights"):
         Fleet(rollout_section(free_port()), folder, tmp_path, "float32", decode)
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="config.json"):
+        Fleet(rollout_section(free_port()), tmp_path, tmp_path, "float32", decode)
 
 
 def test_killed_engine_core_is_an_error_at_once(fleets: tuple[Fleet, Fleet]) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from reasoning_gym.factory import DATASETS
 
-from megatron_r1 import registry
+from megatron_r1.config import component
 from megatron_r1.config.sections import TaskSection
 from megatron_r1.data.questions import question
 from megatron_r1.data.tasks.reasoning_gym import BLOCK, ReasoningGym
@@ -17,7 +17,7 @@ NAMES = ["chain_sum", "countdown", "caesar_cipher", "mini_sudoku", "word_ladder"
 
 
 def build(dataset: str, **options: object) -> ReasoningGym:
-    task = registry.build("task", {"type": "reasoning_gym", "dataset": dataset, "options": options})
+    task = component.build("task", {"type": "reasoning_gym", "dataset": dataset, "options": options})
     assert isinstance(task, ReasoningGym)
     return task
 
@@ -29,14 +29,14 @@ def test_random_access_is_deterministic_and_the_reference_answer_is_right(name: 
     assert build(name).problem(seed=3, index=2 * BLOCK + 5) == problem
     asked = question(TaskSection(task={"type": "reasoning_gym"}, template="{question}"), name, "0", problem)
     carried = json.loads(json.dumps(asked.metadata))
-    assert registry.build("task", {"type": asked.task, **carried["config"]}).verify(asked, problem.answer) == 1.0
+    assert component.build("task", {"type": asked.task, **carried["config"]}).verify(asked, problem.answer) == 1.0
     assert task.verify(asked, "certainly not") < 1.0
 
 
 def test_another_process_sees_the_same_problem() -> None:
     code = (
-        "from megatron_r1 import registry;"
-        "print(registry.build('task', {'type': 'reasoning_gym', 'dataset': 'chain_sum'}).problem(7, 99).text)"
+        "from megatron_r1.config import component;"
+        "print(component.build('task', {'type': 'reasoning_gym', 'dataset': 'chain_sum'}).problem(7, 99).text)"
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert seen.strip() == build("chain_sum").problem(7, 99).text

@@ -1,0 +1,149 @@
+"""The policy's log-probabilities and updates, against plain torch and against itself cut otherwise."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_r1.config.sections import OptimSection
+from megatron_r1.errors import NumericsError
+from megatron_r1.loss.grpo import Grpo
+from megatron_r1.model.build import BuiltModel
+from megatron_r1.model.mapping import weights
+from megatron_r1.train.batch import Minibatch, Trajectory, with_logprobs
+from megatron_r1.train.policy import Policy
+from megatron_r1.train.reference import Reference
+from tests.train.conftest import one_minibatch, rollout
+
+MakePolicy = Callable[..., Policy]
+LOSS = Grpo(Grpo.Config(clip_eps=0.2, kl_coef=0.1))
+
+
+def alone(policy: Policy, sample: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of one sample by an unpacked forward pass and torch's log_softmax."""
+    tokens = torch.tensor([sample.tokens[:-1]])
+    logits: list[torch.Tensor] = []
+    module = policy.model.module.eval()
+    handle = module.output_layer.register_forward_hook(lambda m, args, output: logits.append(output[0].clone()))
+    with torch.no_grad():
+        module(tokens, torch.arange(tokens.size(1))[None], None, labels=tokens)
+    handle.remove()
+    distribution = torch.log_softmax(logits[-1][-sample.response_length :, 0], -1)
+    chosen = torch.tensor(sample.tokens[-sample.response_length :])[:, None]
+    return distribution.gather(1, chosen)[:, 0], -(distribution.exp() * distribution).sum(-1)
+
+
+def by_response(minibatch: Minibatch, values: list[torch.Tensor]) -> dict[tuple[int, ...], torch.Tensor]:
+    found = {}
+    for micro, value in zip(minibatch, values, strict=True):
+        predicted = micro.labels.flatten()[micro.selected]
+        for segment in micro.inputs.segments.unique():
+            rows = micro.inputs.segments == segment
+            found[tuple(predicted[rows].tolist())] = value[rows]
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logprobs_and_entropies_equal_single_rows(make_policy: MakePolicy, temperature: float) -> None:
+    policy, samples = make_policy(temperature), rollout(8)
+    minibatch = one_minibatch(samples, LOSS, capacity=80)
+    assert len(minibatch) > 1
+    logprobs, entropies = policy.logprobs_and_entropies(minibatch)
+    packed, spread = by_response(minibatch, logprobs), by_response(minibatch, entropies)
+    for sample in samples:
+        key = tuple(sample.tokens[-sample.response_length :])
+        expected, entropy = alone(policy, sample)
+        torch.testing.assert_close(packed[key], expected, atol=2e-6, rtol=0)
+        torch.testing.assert_close(spread[key], entropy, atol=2e-5, rtol=0)
+
+
+def test_temperature_sharpens_the_distribution(make_policy: MakePolicy) -> None:
+    minibatch = one_minibatch(rollout(4), LOSS)
+    cold, warm = (make_policy(t).logprobs_and_entropies(minibatch)[1][0].mean() for t in (0.5, 1.0))
+    assert cold < warm - 0.01
+
+
+def updated(policy: Policy, capacity: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    minibatch = one_minibatch(rollout(), LOSS, capacity)
+    old = policy.logprobs(minibatch)
+    figures = policy.step(with_logprobs(minibatch, old, [lp - 0.1 for lp in old]), LOSS)
+    return figures, {name: tensor.clone() for name, tensor in weights(policy.model.module).items()}
+
+
+def test_an_update_does_not_depend_on_microbatching(make_policy: MakePolicy) -> None:
+    whole, cut = updated(make_policy(), 10_000), updated(make_policy(), 60)
+    for name in ("loss", "kl", "grad_norm", "ratio"):
+        assert cut[0][name] == pytest.approx(whole[0][name], rel=2e-5, abs=1e-6), name
+
+
+def test_an_update_is_adamw_on_the_written_out_objective(
+    make_policy: MakePolicy, make_model: Callable[[], BuiltModel]
+) -> None:
+    """Autograd through single rows, the objective as a Python loop, torch's AdamW."""
+    policy = make_policy(optim=OptimSection(lr=1e-2, weight_decay=0.0, clip_grad=1e9))
+    module, samples = policy.model.module, rollout(4)
+    minibatch = one_minibatch(samples, LOSS)
+    old = policy.logprobs(minibatch)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    policy.step(with_logprobs(minibatch, old, [lp - 0.1 for lp in old]), LOSS)
+    after = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    twin = make_model().module.train()
+    parameters = dict(twin.named_parameters())
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
+    objective = torch.tensor(0.0)
+    for sample in samples:
+        tokens, labels = torch.tensor([sample.tokens[:-1]]), torch.tensor([sample.tokens[1:]])
+        new = -twin(tokens, torch.arange(tokens.size(1))[None], None, labels=labels)[0]
+        new = new[-sample.response_length :]
+        ref = new.detach() - 0.1
+        ratio = (new - new.detach()).exp()
+        kl = (ref - new).exp() - (ref - new) - 1
+        objective = objective + (ratio * sample.advantage - 0.1 * kl).mean() / len(samples)
+    (-objective).backward()
+    adam = torch.optim.AdamW(parameters.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    adam.step()
+    # Adam's first step is lr * sign(g): entries whose gradient is rounding noise say nothing.
+    compared = 0
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        clear = parameter.grad.abs() > 1e-5
+        torch.testing.assert_close(after[name][clear], parameter.detach()[clear], atol=2e-5, rtol=0)
+        compared += int(clear.sum())
+    assert compared > 10_000
+
+
+def test_warmup_and_cosine_follow_the_formula(make_policy: MakePolicy) -> None:
+    policy = make_policy(optim=OptimSection(lr=1e-3, min_lr=1e-4, schedule="cosine", warmup_steps=2, weight_decay=0.0))
+    minibatch = one_minibatch(rollout(2), LOSS)
+    ready = with_logprobs(minibatch, policy.logprobs(minibatch), policy.logprobs(minibatch))
+    rates = [policy.step(ready, LOSS)["lr"] for _ in range(10)]
+    half = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * k / 8)).item()) for k in range(1, 9)]
+    expected = [5e-4, 1e-3, *[1e-4 + 9e-4 * factor for factor in half]]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_reference_stays_until_refreshed(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    reference = Reference(policy, every=2)
+    minibatch = one_minibatch(rollout(4), LOSS)
+    start = policy.logprobs(minibatch)[0]
+    policy.step(with_logprobs(minibatch, [start], [start]), LOSS)
+    moved = policy.logprobs(minibatch)[0]
+    assert (moved - start).abs().max() > 1e-2
+    assert torch.equal(reference.logprobs(minibatch)[0], start)
+    assert torch.equal(policy.logprobs(minibatch)[0], moved), "asking the reference changed the policy"
+    assert not reference.refresh(1)
+    assert torch.equal(reference.logprobs(minibatch)[0], start)
+    assert reference.refresh(2)
+    assert torch.equal(reference.logprobs(minibatch)[0], moved)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    minibatch = one_minibatch(rollout(2), LOSS)
+    before = {name: tensor.clone() for name, tensor in weights(policy.model.module).items()}
+    bad = [torch.full_like(lp, float("nan")) for lp in policy.logprobs(minibatch)]
+    with pytest.raises(NumericsError, match="not finite"):
+        policy.step(with_logprobs(minibatch, bad, bad), LOSS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy.model.module).items())

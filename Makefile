@@ -51,7 +51,7 @@ $(BIN)/python:
 
 # The import at the end proves the install and compiles what the runs will load.
 $(INSTALLED): requirements/cpu.lock requirements/install.sh setup.py | $(BIN)/python
-	@echo 'installing into $(VENV), about a minute' && SECONDS=0 \
+	@export TORCH_INDEX='$(TORCH_INDEX)'; echo 'installing into $(VENV), about a minute' && SECONDS=0 \
 	    && requirements/install.sh $(VENV) requirements/cpu.lock \
 	    && $(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --editable . \
 	    && { $(BIN)/python -c 'import megatron.core, vllm.entrypoints.openai.api_server' 2>$(VENV)/import.log \

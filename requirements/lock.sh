@@ -9,6 +9,7 @@ folders=()
 for folder in $("$venv/bin/python" -m pip config get global.find-links 2>/dev/null || true); do
     folders+=(--find-links "$folder")
 done
+[ -z "${TORCH_INDEX:-}" ] || folders+=(--extra-index-url "$TORCH_INDEX" --index-strategy unsafe-best-match)
 compile() {
     "$venv/bin/python" -m uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header \
         "${folders[@]}" --excludes requirements/excluded.txt "$@"

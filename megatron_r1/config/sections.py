@@ -81,6 +81,8 @@ class CheckpointSection(Section):
 class ReportSection(Section):
     """[report]: where metrics go besides the run directory's own JSONL."""
 
+    title: str = ""
+    """What the run is called on the console and in report.html; empty = the verb's name for it."""
     console: bool = True
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"

@@ -23,7 +23,8 @@ from megatron_r1.errors import DataError, EngineError
 HOST = "127.0.0.1"
 LOG_LINES = 30
 """Of the server's log in an error message."""
-ERROR_LINE = re.compile(r"\b[\w.]*(Error|Exception): .+")
+ERROR_LINE = re.compile(r"(?:^|\] )([\w.]+(?:Error|Exception): .+)")
+"""The last line of a traceback, with or without vLLM's log prefix."""
 CPU_MLA_LATENT = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim): the only size that vLLM's MLA kernel for CPU takes."""
 CPU_STEP_TOKENS = 4096
@@ -77,7 +78,7 @@ class Server:
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             lines = file.read().decode(errors="replace").rstrip().splitlines()
-        errors = (match.group() for line in lines if (match := ERROR_LINE.search(line)))
+        errors = (match[1] for line in lines if (match := ERROR_LINE.search(line)))
         message = [f"vLLM at {self.url} {what}; the end of its log {self.log}:", *lines[-LOG_LINES:]]
         return EngineError("\n".join([*message, f"The first error in this log: {next(errors, 'none')}"]))
 

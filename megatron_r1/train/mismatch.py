@@ -30,17 +30,18 @@ def logprob_difference(minibatches: Sequence[Minibatch]) -> Figures:
     return {"logprob_difference_mean": float(total[0] / total[1]), "logprob_difference_max": float(largest)}
 
 
-def refuse_above(bound: float, figures: Figures) -> None:
-    """The gate before the first update.
+def refuse_above(bound: float, figures: Figures) -> str:
+    """The gate before the first update of a run, also of a resumed one. Returns what was measured, in words.
 
     Raises:
         EngineError: the mean difference is above `bound`.
     """
-    mean = figures["logprob_difference_mean"]
+    mean, largest = figures["logprob_difference_mean"], figures["logprob_difference_max"]
     if not mean <= bound:
         raise EngineError(
             f"trainer and rollout engine disagree: the log-probabilities of the same tokens differ by {mean:.2e} nats "
-            f"on average (largest {figures['logprob_difference_max']:.2e}), above logprob_bound = {bound:g}. "
+            f"on average (largest {largest:.2e}), above logprob_bound = {bound:g}. "
             "Training on these samples would be off-policy from the start. Check that both load the same weights "
             "in the same dtype; in bfloat16 about 1e-2 is normal, in float32 1e-5"
         )
+    return f"trainer and engine log-probabilities differ by {mean:.1e} nats on average, {largest:.1e} at most"

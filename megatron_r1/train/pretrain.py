@@ -42,7 +42,13 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     if start:
         checkpoints.load(start, policy.trainable, {})
     report = Report(
-        config.output, config.report, "Pretraining", config.steps, dump(config), start, enabled=is_first_rank()
+        config.output,
+        config.report,
+        config.report.title or "Pretraining",
+        config.steps,
+        dump(config),
+        start,
+        enabled=is_first_rank(),
     )
     with report:
         report.message(f"{parameter_count(model.module):,} parameters, {config.batch * length:,} tokens a step")

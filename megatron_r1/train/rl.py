@@ -43,8 +43,8 @@ def run(config: RLConfig) -> dict[str, Any]:
     carried: Figures = {}
     if start:
         carried = checkpoints.load(start, learner.policy.trainable, {"reference": learner.reference.weights})
-    enabled = is_first_rank()
-    report = Report(config.output, config.report, "R1-Zero", config.steps, dump(config), start, enabled=enabled)
+    title, first = config.report.title or "Reinforcement learning", is_first_rank()
+    report = Report(config.output, config.report, title, config.steps, dump(config), start, enabled=first)
     with report, Collector(config, learner.tokenizer, report) as collector:
         report.message(_batch_arithmetic(config, parameter_count(learner.policy.model.module)))
         collector.push(learner.export(), version=start)
@@ -59,7 +59,9 @@ def run(config: RLConfig) -> dict[str, Any]:
                 learner.estimate(groups)  # A_i = (r_i - mean) / std
                 with report.phase("logprobs"):
                     batch, figures = learner.prepare(groups, step)
-                carried |= {} if "logprob_difference_first" in carried else _gate(config, figures, report)
+                if step == start:
+                    report.message(refuse_above(config.logprob_bound, figures))
+                carried = _with_mean_difference(carried, figures, step)
                 with report.phase("update"):
                     for minibatch in batch:
                         report.add(learner.policy.step(minibatch, learner.loss))  # ascend J_GRPO
@@ -71,9 +73,7 @@ def run(config: RLConfig) -> dict[str, Any]:
             report.samples(step, groups[:1], "train")
             if checkpoints.due(done, config.steps):
                 with report.phase("checkpoint"):
-                    checkpoints.save(
-                        done, learner.policy.trainable, {"reference": learner.reference.weights}, carried | figures
-                    )
+                    checkpoints.save(done, learner.policy.trainable, {"reference": learner.reference.weights}, carried)
         final = {f"{name}_final": value for name, value in learner.evaluate(collector, report, config.steps).items()}
         learner.save_model()
         return report.summary(_summary(config, carried, final, time.monotonic() - began))
@@ -154,14 +154,11 @@ class _Learner:
         from_first_rank(lambda: hf_folder.write(self.config.output / "hf", hf, self.export(), tokenizer))
 
 
-def _gate(config: RLConfig, figures: Figures, report: Report) -> Figures:
-    """Before the first update: refuse to train when trainer and engine disagree."""
-    mean, largest = figures["logprob_difference_mean"], figures["logprob_difference_max"]
-    report.message(
-        f"trainer/engine log-probability difference before the first update: mean {mean:.1e}, max {largest:.1e}"
-    )
-    refuse_above(config.logprob_bound, figures)
-    return {"logprob_difference_first": mean}
+def _with_mean_difference(carried: Figures, figures: Figures, step: int) -> Figures:
+    """The mean over all steps so far of the log-probability difference, kept with what a resumed run needs."""
+    name = "logprob_difference_mean"
+    before = carried.get(name, 0.0)
+    return carried | {name: before + (figures[name] - before) / (step + 1)}
 
 
 def _batch_arithmetic(config: RLConfig, parameters: int) -> str:

@@ -148,7 +148,7 @@ def test_death_at_start_shows_the_log(models: tuple[Path, Path], tmp_path: Path)
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="config.json"):
+    with pytest.raises(DataError, match=r"config\.json"):
         Fleet(rollout_section(free_port()), tmp_path, tmp_path, "float32", decode)
 
 

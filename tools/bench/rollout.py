@@ -1,0 +1,170 @@
+"""Tokens per second of a rollout: `Fleet.sample`, over HTTP to a real server, against vLLM's own `LLM.generate`.
+
+    python tools/bench/rollout.py examples/r1_tiny/r1_zero.toml --rollout.port=9000
+
+Both hold the same weights, answer the same prompts with the same number of samples, lengths, temperature, dtype and
+threads, and take turns. The bare engine lives in a process of its own, as the server does.
+
+vLLM draws with one call for the whole batch unless a request has a seed of its own; the trainer asks for seeds
+(a run repeats bit for bit) and for log-probabilities (the policy gradient needs them). So there are two
+baselines: one that asks for the same, and one that asks for tokens alone.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from paired import Comparison, measure, parser, report
+
+from megatron_r1.config.load import load
+from megatron_r1.config.runs import RLConfig
+from megatron_r1.data.questions import Questions
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.rollout.engine import stream_seed
+from megatron_r1.rollout.fleet import Fleet, stop_token_ids
+from megatron_r1.rollout.server import CPU_STEP_TOKENS, variables
+
+SEED = 1
+
+
+class BareEngine:
+    """vLLM's `LLM` in a process of its own."""
+
+    def __init__(self, config: RLConfig, log: Path) -> None:
+        on_cpu = not torch.cuda.is_available()
+        # Read when the process imports torch and vLLM, so before its first line.
+        os.environ.update(variables(config.rollout, config.model.path, on_cpu))
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, engine_arguments(config, on_cpu), log), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Blocks while the engine starts; `EOFError` if it died."""
+        self._connection.recv()
+
+    def tokens_per_second(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> float:
+        """Sample with one set of `SamplingParams` a prompt."""
+        self._connection.send((prompts, options))
+        tokens, seconds = self._connection.recv()
+        return tokens / seconds
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(10)
+        self._process.kill()
+
+
+def engine_arguments(config: RLConfig, on_cpu: bool) -> dict[str, Any]:
+    """The keywords of `LLM` that mean the same as the fleet's settings."""
+    section = config.rollout
+    arguments: dict[str, Any] = {
+        "model": str(config.model.path.resolve()),
+        "dtype": config.model.dtype,
+        "max_model_len": section.max_model_len,
+        "max_num_seqs": section.max_num_seqs,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+    }
+    if on_cpu:
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(section.kv_cache_gib * 2**30),
+            "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},  # right results; see rollout/server.py
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(section.max_model_len, CPU_STEP_TOKENS),
+        }
+    return arguments
+
+
+def serve(connection: Connection, arguments: dict[str, Any], log: Path) -> None:
+    """The bare engine's process: batches in, token counts and seconds out."""
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**arguments)
+    connection.send("ready")
+    while True:
+        try:
+            prompts, options = connection.recv()
+        except EOFError:
+            return
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        params = [SamplingParams(**option) for option in options]
+        llm.reset_prefix_cache()  # as a trainer must after every change of the weights
+        started = time.perf_counter()
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        connection.send((sum(len(one.token_ids) for output in outputs for one in output.outputs), seconds))
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=5)
+    options.add_argument("--questions", type=int, default=None, help="prompts of a batch (default: the run file's)")
+    chosen, overrides = options.parse_known_args()
+    config = load(chosen.run, overrides, RLConfig)
+    tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
+    questions = Questions(config.data, config.seed).take(0, chosen.questions or config.questions)
+    prompts = [tokenizer.encode_prompt(question.prompt) for question in questions]
+    n = config.group_size
+    plain = {
+        "temperature": config.rollout.temperature,
+        "top_p": config.rollout.top_p,
+        "max_tokens": config.rollout.max_tokens,
+        "stop_token_ids": list(stop_token_ids(config.model.path)),
+        "detokenize": False,
+    }
+    seeded = [
+        {**plain, "logprobs": 0, "flat_logprobs": True, "seed": stream_seed(SEED, index, sample)}
+        for index in range(len(prompts))
+        for sample in range(n)
+    ]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+
+    with tempfile.TemporaryDirectory(prefix="megatron-r1-bench-") as folder:
+        bare = BareEngine(config, Path(folder) / "bare.log")
+        fleet = Fleet(config.rollout, config.model.path, Path(folder), config.model.dtype, tokenizer.decode)
+
+        def ours() -> float:
+            started = time.perf_counter()
+            groups = fleet.sample(prompts, n=n, seed=SEED)
+            seconds = time.perf_counter() - started
+            return sum(len(sample.tokens) for group in groups for sample in group) / seconds
+
+        def against(name: str, inputs: list[list[int]], sampling: list[dict[str, Any]], target: float) -> Comparison:
+            return Comparison(
+                "Fleet.sample", "tokens/s", name, ours, partial(bare.tokens_per_second, inputs, sampling), target
+            )
+
+        comparisons = [
+            against("LLM.generate, seeds and logprobs as ours", repeated, seeded, 0.9),
+            against(f"LLM.generate, n={n}, tokens alone", prompts, [{**plain, "n": n}] * len(prompts), 0.9),
+        ]
+        with fleet:
+            bare.wait_until_ready()
+            try:
+                measure(comparisons, chosen.rounds)
+            finally:
+                bare.close()
+    settings = {
+        "samples": f"{len(prompts)} prompts x {n}",
+        "max_tokens": config.rollout.max_tokens,
+        "dtype": config.model.dtype,
+        "threads": config.rollout.threads,
+    }
+    report("rollout", comparisons, chosen.json, **settings)
+
+
+if __name__ == "__main__":
+    main()

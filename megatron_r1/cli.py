@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,10 @@ from typing import Any
 
 from megatron_r1 import __version__
 from megatron_r1.errors import UserError
+from megatron_r1.launch import end_with_launcher, relaunch
+
+FIRST_RANK_SECONDS = 30.0
+"""Longest that the other ranks wait for the first to report an error."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     verb = VERBS[options.verb]
+    rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _terminate)
+    end_with_launcher()
     try:
         return _run(verb, options, overrides)
     except UserError as error:
-        print(f"megatron-r1 {options.verb}: {error}", file=sys.stderr)
+        if rank:
+            # Most errors are raised on every rank. The first reports them, when it has stopped its engines, and its
+            # end ends this one; only what the first rank does not see is reported here.
+            time.sleep(FIRST_RANK_SECONDS)
+        print(f"megatron-r1 {options.verb}{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        print(
-            f"megatron-r1 {options.verb}: interrupted; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not rank:
+            print(
+                f"megatron-r1 {options.verb}: interrupted; the same command goes on from the last checkpoint, if any",
+                file=sys.stderr,
+            )
+        return int(stop.code or 0) if isinstance(stop, SystemExit) else 130
 
 
 def _run(verb: Verb, options: argparse.Namespace, overrides: list[str]) -> int:
@@ -85,8 +97,6 @@ def _run(verb: Verb, options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     parallel = getattr(config, "parallel", None)
     if parallel is not None and parallel.processes > 1 and "RANK" not in os.environ:
-        from megatron_r1.launch import relaunch
-
         return relaunch(parallel.processes, sys.argv[1:])
     summary: dict[str, Any] = _import(verb.run)(config)
     if options.json and os.environ.get("RANK", "0") == "0":

@@ -7,6 +7,7 @@ A checkpoint is written aside and renamed, so one that has its final name is who
 import os
 import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_r1.compat.megatron_checkpoint import keep_results_in_process
 from megatron_r1.config.sections import CheckpointSection
 from megatron_r1.errors import DataError
 from megatron_r1.model.trainable import Trainable
 
+keep_results_in_process()
+
 _NAME = re.compile(r"step_(\d{8})")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 WeightSets = dict[str, dict[str, torch.Tensor]]
 """Name of a set -> the model's tensors by their own names."""
@@ -39,8 +46,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Steps done by the newest whole checkpoint, None if there is none."""
-        steps = [int(match[1]) for path in self.folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
-        return max(steps, default=None)
+        return max((_steps(path) for path in self._whole()), default=None)
 
     def due(self, done: int, total: int) -> bool:
         """Whether to save after `done` of `total` steps."""
@@ -58,17 +64,16 @@ class Checkpoints:
         final = self.folder / f"step_{done:08d}"
         partial = final.with_name(final.name + ".partial")
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob("*.partial"):  # by a run that was killed
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(self._state(trainable, weights, figures), str(partial))
         dist.barrier()
         if dist.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            for old in sorted(path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)):
-                if int(old.name[5:]) <= done - self.section.keep * self.section.every:
-                    shutil.rmtree(old)
+            for old in sorted(self._whole(), key=_steps)[: -self.section.keep]:
+                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
         dist.barrier()
 
     def load(self, done: int, trainable: Trainable, weights: WeightSets) -> dict[str, float]:
@@ -79,19 +84,25 @@ class Checkpoints:
         """
         path = self.folder / f"step_{done:08d}"
         try:
-            state = dist_checkpointing.load(self._state(trainable, weights, None), str(path))
-        except Exception as error:  # Megatron raises CheckpointingException, torch's own and bare ones
-            raise DataError(f"cannot resume from {path}: {error}") from error
+            state = dist_checkpointing.load(
+                self._state(trainable, weights, None), str(path), strict=StrictHandling.RAISE_ALL
+            )
+        except (Exception, CheckpointException) as error:  # torch's own is a bare BaseException
+            raise DataError(
+                f"cannot resume from {path}: it is damaged or of another model ({_reason(error)}); "
+                "delete it to go on from the one before, or choose another output folder"
+            ) from error
         trainable.module.load_state_dict(state["model"])
-        with torch.no_grad():
-            trainable.optimizer.load_state_dict(state["optimizer"])
-        trainable.scheduler.load_state_dict(state["scheduler"])
+        _load_optimizer(trainable, state)
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
                 tensor.copy_(state[f"weights.{name}"][key])
         torch.set_rng_state(state["rng"])
         figures: dict[str, float] = state["figures"]
         return figures
+
+    def _whole(self) -> list[Path]:
+        return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
     def _state(self, trainable: Trainable, weights: WeightSets, figures: dict[str, float] | None) -> dict[str, Any]:
         """What a checkpoint holds; `figures` is None when it is about to be loaded."""
@@ -113,6 +124,29 @@ class Checkpoints:
                 for key, value in sharded.items()
             }
         return state
+
+
+def _steps(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _reason(error: BaseException) -> str:
+    """The kind and the beginning of an error; of torch's collected ones, the first rank's."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+
+
+def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
+    """Moments and step counts from the checkpoint; rates and schedule from the run file, which may have changed."""
+    optimizer, scheduler = trainable.optimizer, trainable.scheduler
+    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    with torch.no_grad():
+        optimizer.load_state_dict(state["optimizer"])
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+    scheduler.num_steps = 0
+    scheduler.step(state["scheduler"]["num_steps"])
 
 
 def _with_data(entry: Any, tensor: torch.Tensor | None) -> Any:

@@ -32,6 +32,11 @@ def rollout_figures(groups: Sequence[Group]) -> dict[str, float]:
     return figures
 
 
+def throughput(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    """`tokens_per_second`: response tokens over the time of sampling and judging them."""
+    return {"tokens_per_second": sum(len(sample.tokens) for group in groups for sample in group.samples) / seconds}
+
+
 def heldout_figures(groups: Sequence[Group]) -> dict[str, float]:
     """The same figures under the names of an evaluation: `heldout_accuracy`, `heldout_format` ..."""
     figures = rollout_figures(groups)

@@ -86,6 +86,7 @@ async def _queue(engine: AsyncLLM, request: dict[str, Any], index: int, seed: in
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # made for this request alone; a deep copy of each costs as much as the rest of the queueing
     )
     return await engine.add_request(name, tokens_input(request["prompts"][index]), params)
 

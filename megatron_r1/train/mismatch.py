@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.errors import EngineError
+from megatron_r1.model.parallel import device
 from megatron_r1.train.batch import Minibatch
 from megatron_r1.train.policy import Figures
 
@@ -22,12 +23,19 @@ def logprob_difference(minibatches: Sequence[Minibatch]) -> Figures:
         for micro in minibatch
         if micro.inputs.old_logprobs is not None and micro.engine_logprobs is not None
     ]
-    gap = torch.cat(gaps).double()
-    total = torch.stack([gap.sum(), torch.tensor(float(gap.numel()), dtype=gap.dtype, device=gap.device)])
-    largest = gap.max()
-    dist.all_reduce(total)
+    largest = torch.stack([gap.max() for gap in gaps if gap.numel()] or [torch.zeros((), device=device())]).max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return {"logprob_difference_mean": float(total[0] / total[1]), "logprob_difference_max": float(largest)}
+    return {"logprob_difference_mean": mean_over_ranks(gaps), "logprob_difference_max": float(largest)}
+
+
+def mean_over_ranks(values: Sequence[torch.Tensor]) -> float:
+    """Mean of all elements of all ranks' tensors; a rank may have none."""
+    total = torch.zeros(2, dtype=torch.float64, device=device())
+    for value in values:
+        total[0] += value.double().sum()
+        total[1] += value.numel()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
 
 
 def refuse_above(bound: float, figures: Figures) -> str:

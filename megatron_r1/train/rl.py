@@ -23,11 +23,11 @@ from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model, check_tokenizer, parameter_count
 from megatron_r1.model.parallel import device, from_first_rank, initialize, is_first_rank
-from megatron_r1.report.rollout_figures import heldout_figures, rollout_figures
+from megatron_r1.report.rollout_figures import heldout_figures, rollout_figures, throughput
 from megatron_r1.report.run import Report
 from megatron_r1.train.batch import Minibatch, Share, split, trajectories, with_logprobs
 from megatron_r1.train.collector import Collector
-from megatron_r1.train.mismatch import logprob_difference, refuse_above
+from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks, refuse_above
 from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.reference import Reference
 from megatron_r1.types import Group
@@ -55,7 +55,9 @@ def run(config: RLConfig) -> dict[str, Any]:
             if step and config.evaluation.every and step % config.evaluation.every == 0:
                 learner.evaluate(collector, report, step)
             with report.step(step):
+                tick = time.perf_counter()
                 groups = collector.collect(*learner.draw(step))  # {o_i} ~ pi_old(.|q), r_i
+                report.add(rollout_figures(groups) | throughput(groups, time.perf_counter() - tick))
                 learner.estimate(groups)  # A_i = (r_i - mean) / std
                 with report.phase("logprobs"):
                     batch, figures = learner.prepare(groups, step)
@@ -68,7 +70,7 @@ def run(config: RLConfig) -> dict[str, Any]:
                 collector.push(learner.export(), version=done)  # pi_old <- pi_theta
                 if learner.needs_reference and learner.reference.refresh(done):
                     report.message(f"reference := policy after step {done}")
-                report.add(figures | rollout_figures(groups))
+                report.add(figures)
                 report.set({name: float(count) for name, count in collector.counters.items()})
             report.samples(step, groups[:1], "train")
             if checkpoints.due(done, config.steps):
@@ -131,7 +133,7 @@ class _Learner:
             ref = self.reference.logprobs(minibatch) if self.needs_reference else None
             batch.append(with_logprobs(minibatch, old, ref))
             entropies += entropy
-        return batch, logprob_difference(batch) | {"entropy": float(torch.cat(entropies).mean())}
+        return batch, logprob_difference(batch) | {"entropy": mean_over_ranks(entropies)}
 
     def evaluate(self, collector: Collector, report: Report, step: int) -> Figures:
         """Held-out questions, answered by the policy as it is after `step` steps."""

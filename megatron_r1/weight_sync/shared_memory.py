@@ -47,8 +47,7 @@ class SharedMemorySync:
             EngineError: no room for the file, or the engine failed (see `Engine.update_weights`).
         """
         started = time.perf_counter()
-        # Cloned, because safetensors refuses tensors that share memory, as gate and up halves and tied copies do.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors}
+        tensors = _without_overlap(named_tensors)
         size = sum(tensor.nbytes for tensor in tensors.values())
         path = self._folder(size) / f"megatron_r1-{os.getpid()}-{version}.safetensors"
         try:
@@ -67,3 +66,14 @@ class SharedMemorySync:
         raise EngineError(
             f"the weights ({size / 2**30:.2f} GiB) need twice their size free in {self.directory} or {self.fallback}"
         )
+
+
+def _without_overlap(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """On the host; only a tensor that is there twice (tied copies) is cloned, because safetensors refuses overlaps."""
+    tensors: dict[str, torch.Tensor] = {}
+    starts: set[int] = set()
+    for name, tensor in named_tensors:
+        host = tensor.detach().cpu().contiguous()
+        tensors[name] = host.clone() if host.data_ptr() in starts else host
+        starts.add(host.data_ptr())
+    return tensors

@@ -32,7 +32,15 @@ class ReadingEngine:
 
 def weights() -> dict[str, torch.Tensor]:
     matrix = torch.arange(12.0).reshape(3, 4)
-    return {"a.weight": matrix.bfloat16(), "b.weight": matrix.T, "c.weight": torch.nn.Parameter(matrix)}
+    gate, up = torch.arange(8.0).chunk(2)  # one memory, as the trainer's fused layers
+    return {
+        "a.weight": matrix.bfloat16(),
+        "b.weight": matrix.T,
+        "c.weight": torch.nn.Parameter(matrix),
+        "tied.weight": matrix,
+        "gate.weight": gate,
+        "up.weight": up,
+    }
 
 
 def test_engine_reads_every_tensor_and_the_file_is_gone(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 On a shared machine the time of anything drifts by tens of percent within minutes. Both contenders of a pair
 therefore run within seconds of each other, in an order that alternates (AB, BA, AB ...), and each round gives one
-ratio. The median of the ratios is the figure, their smallest and largest show how far to trust it.
+ratio. The median of the ratios is the figure; the middle half of them (first to third quartile) shows how far to
+trust it, and so does the best figure of the one over the best of the other, since other work on the machine can only
+slow a program down.
 """
 
 import argparse
@@ -57,6 +59,7 @@ class Comparison:
 
     def result(self) -> dict[str, Any]:
         """For `--json`."""
+        best = min if self.unit == "s" else max
         return {
             "name": self.name,
             "unit": self.unit,
@@ -64,10 +67,12 @@ class Comparison:
             "ours": statistics.median(self.ours_figures),
             "baseline": statistics.median(self.baseline_figures),
             "ratio": statistics.median(self.ratios),
-            "ratio_min": min(self.ratios),
-            "ratio_max": max(self.ratios),
+            "ratio_quartiles": statistics.quantiles(self.ratios, n=4, method="inclusive")[::2],
+            "ratio_of_best": best(self.ours_figures) / best(self.baseline_figures),
             "rounds": len(self.ratios),
             "target": self.target,
+            "ours_figures": self.ours_figures,
+            "baseline_figures": self.baseline_figures,
         }
 
 
@@ -95,21 +100,21 @@ def report(title: str, comparisons: Sequence[Comparison], as_json: bool, **setti
         print(json.dumps({"benchmark": title, "settings": settings, "machine": machine(), "results": results}))
         return
     table = Table(title=title, title_justify="left")
-    for column in ("comparison", "against", "unit"):
-        table.add_column(column)
-    for column in ("ours", "baseline", "ratio", "smallest to largest", "rounds", "target"):
+    table.add_column("comparison")
+    for column in ("ours", "baseline", "unit"):
         table.add_column(column, justify="right")
+    table.add_column("ratio (middle half)", justify="right")
+    table.add_column("best / best", justify="right")
     for row in results:
+        low, high = row["ratio_quartiles"]
+        goal = "" if row["target"] is None else f"\naim >= {row['target']:g}"
         table.add_row(
-            row["name"],
-            row["baseline_name"],
+            f"{row['name']}\nagainst {row['baseline_name']}",
+            _figure(row["ours"]),
+            _figure(row["baseline"]),
             row["unit"],
-            f"{row['ours']:,.4g}",
-            f"{row['baseline']:,.4g}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
-            str(row["rounds"]),
-            "" if row["target"] is None else f">= {row['target']:g}",
+            f"[bold]{row['ratio']:.3g}[/] ({low:.3g} to {high:.3g}){goal}",
+            f"{row['ratio_of_best']:.3g}",
         )
     console = Console()
     console.print(table)
@@ -143,3 +148,7 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -26,6 +26,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import Questions
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import EngineError
 from megatron_r1.rollout.engine import stream_seed
 from megatron_r1.rollout.fleet import Fleet, stop_token_ids
 from megatron_r1.rollout.server import CPU_STEP_TOKENS, variables
@@ -41,20 +42,28 @@ class BareEngine:
         # Read when the process imports torch and vLLM, so before its first line.
         os.environ.update(variables(config.rollout, config.model.path, on_cpu))
         context = multiprocessing.get_context("spawn")
+        self._log = log
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, engine_arguments(config, on_cpu), log), daemon=True)
         self._process.start()
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        """Blocks while the engine starts; `EOFError` if it died."""
-        self._connection.recv()
+        """Blocks while the engine starts."""
+        self._receive()
 
     def tokens_per_second(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> float:
         """Sample with one set of `SamplingParams` a prompt."""
         self._connection.send((prompts, options))
-        tokens, seconds = self._connection.recv()
+        tokens, seconds = self._receive()
         return tokens / seconds
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError as error:
+            end = self._log.read_text(errors="replace").splitlines()[-30:]
+            raise EngineError("\n".join(["the bare engine died; the end of its log:", *end])) from error
 
     def close(self) -> None:
         """End the process."""

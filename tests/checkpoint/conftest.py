@@ -1,0 +1,46 @@
+"""A small policy that has been trained for a few steps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1.config.sections import OptimSection, ParallelSection, PolicySection
+from megatron_r1.loss.cross_entropy import CrossEntropy
+from megatron_r1.model.build import build_model
+from megatron_r1.model.parallel import initialize
+from megatron_r1.train.batch import Minibatch, from_rows
+from megatron_r1.train.policy import Policy
+
+MODEL = Path(__file__).parents[2] / "examples/r1_tiny/model"
+OPTIM = OptimSection(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1)
+
+MakePolicy = Callable[..., Policy]
+
+
+@pytest.fixture
+def make_policy(tmp_path: Path) -> MakePolicy:
+    """A policy with random weights; `changes` go into its config.json."""
+
+    def make(seed: int = 0, optim: OptimSection = OPTIM, updates: int = 10, **changes: object) -> Policy:
+        config = json.loads((MODEL / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        initialize(ParallelSection(), seed)
+        section = PolicySection(
+            path=tmp_path, load_weights=False, dtype="float32", init_std=0.05, mtp_loss_coef=0.1, bias_update_rate=1e-3
+        )
+        return Policy(build_model(section, 64), optim, updates)
+
+    return make
+
+
+def train(policy: Policy, first: int, steps: int) -> list[dict[str, float]]:
+    """Steps `first` to `first + steps - 1` on random rows that depend on the step alone."""
+    return [policy.step(_rows(step), CrossEntropy()) for step in range(first, first + steps)]
+
+
+def _rows(step: int) -> Minibatch:
+    rows = torch.randint(400, (2, 33), generator=torch.Generator().manual_seed(step))
+    return [from_rows(rows[:, :-1], rows[:, 1:], torch.ones_like(rows[:, 1:]), 64)]

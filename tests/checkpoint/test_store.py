@@ -1,0 +1,152 @@
+"""Saving and loading: everything comes back bit for bit, and what cannot be used is refused by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config.sections import CheckpointSection, OptimSection
+from megatron_r1.errors import DataError
+from megatron_r1.model.mapping import weights
+from megatron_r1.train.policy import Policy
+from megatron_r1.train.reference import Reference
+from tests.checkpoint.conftest import MakePolicy, train
+
+
+def moments(policy: Policy) -> list[torch.Tensor]:
+    """Adam's moments of every parameter, in the order of the parameters."""
+    states = [adam.optimizer.state for adam in policy.trainable.optimizer.chained_optimizers]
+    return [state[key] for values in states for state in values.values() for key in ("exp_avg", "exp_avg_sq")]
+
+
+def all_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def small(make_policy: MakePolicy) -> Policy:
+    """After one step, because Adam has nothing to save before."""
+    policy = make_policy(num_hidden_layers=2)
+    train(policy, 0, 1)
+    return policy
+
+
+def store(folder: Path, every: int = 1, keep: int = 2) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", CheckpointSection(every=every, keep=keep))
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_everything_comes_back_and_training_goes_on_as_if_nothing_had_happened(
+    make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    policy, checkpoints = make_policy(), store(tmp_path)
+    reference = Reference(policy, every=2)
+    train(policy, 0, 2)
+    reference.refresh(2)
+    train(policy, 2, 1)  # now the reference is neither the start nor the policy
+    torch.rand(5)
+    checkpoints.save(3, policy.trainable, {"reference": reference.weights}, {"accuracy": 0.1, "third": 1 / 3})
+    expected = {
+        "weights": [tensor.clone() for tensor in weights(policy.model.module).values()],
+        "reference": [tensor.clone() for tensor in reference.weights.values()],
+        "moments": [tensor.clone() for tensor in moments(policy)],
+        "random": torch.rand(5),
+        "later": train(policy, 3, 4),
+    }
+    assert not all_equal(expected["reference"], expected["weights"])
+
+    resumed = make_policy(seed=1)
+    reference = Reference(resumed, every=2)
+    figures = checkpoints.load(3, resumed.trainable, {"reference": reference.weights})
+    assert figures == {"accuracy": 0.1, "third": 1 / 3}
+    assert all_equal(list(weights(resumed.model.module).values()), expected["weights"])
+    assert all_equal(list(reference.weights.values()), expected["reference"])
+    assert len(expected["moments"]) > 100
+    assert all_equal(moments(resumed), expected["moments"])
+    assert torch.equal(torch.rand(5), expected["random"])
+    assert train(resumed, 3, 4) == expected["later"]
+    assert all_equal(list(weights(resumed.model.module).values()), list(weights(policy.model.module).values()))
+
+
+def test_the_run_file_sets_the_schedule_of_a_resumed_run(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """As if the run had been started with the new settings: same place in a schedule of its own length."""
+    policy, checkpoints = make_policy(), store(tmp_path)
+    train(policy, 0, 3)
+    checkpoints.save(3, policy.trainable, {}, {})
+    changed = OptimSection(lr=3e-3, min_lr=1e-3, schedule="linear", warmup_steps=1, weight_decay=0.0)
+    resumed, fresh = make_policy(optim=changed, updates=20), make_policy(optim=changed, updates=20)
+    checkpoints.load(3, resumed.trainable, {})
+    expected = [row["lr"] for row in train(fresh, 0, 8)][3:]
+    assert [row["lr"] for row in train(resumed, 3, 5)] == expected
+    assert len(set(expected)) == 5
+    assert {group["weight_decay"] for group in resumed.trainable.optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "total", "kept"), [(10, 2, 25, [20, 25]), (10, 1, 25, [25]), (1, 3, 2, [1, 2])]
+)
+def test_the_newest_are_kept(
+    make_policy: MakePolicy, tmp_path: Path, every: int, keep: int, total: int, kept: list[int]
+) -> None:
+    checkpoints, policy = store(tmp_path, every, keep), small(make_policy)
+    for done in range(1, total + 1):
+        if checkpoints.due(done, total):
+            checkpoints.save(done, policy.trainable, {}, {})
+            assert checkpoints.latest() == done
+    assert names(checkpoints) == [f"step_{done:08d}" for done in kept]
+
+
+def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert store(tmp_path).latest() is None
+
+
+def test_what_a_killed_run_left_is_ignored_and_cleared_away(make_policy: MakePolicy, tmp_path: Path) -> None:
+    checkpoints, policy = store(tmp_path), small(make_policy)
+    for name in ("step_00000007.partial", "step_00000009.partial", "notes"):
+        (checkpoints.folder / name).mkdir(parents=True)
+        (checkpoints.folder / name / "half").write_text("written")
+    assert checkpoints.latest() is None
+    checkpoints.save(7, policy.trainable, {}, {})
+    assert checkpoints.latest() == 7
+    assert names(checkpoints) == ["notes", "step_00000007"]
+    assert not (checkpoints.folder / "step_00000007/half").exists()
+
+
+def damage(path: Path, how: str) -> None:
+    data = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    match how:
+        case "truncated":
+            data.write_bytes(data.read_bytes()[: data.stat().st_size // 3])
+        case "emptied":
+            data.write_bytes(b"")
+        case "lost":
+            (path / ".metadata").unlink()
+        case "garbage":
+            (path / "common.pt").write_bytes(b"garbage")
+
+
+@pytest.mark.parametrize("how", ["truncated", "emptied", "lost", "garbage"])
+def test_a_damaged_checkpoint_is_named(make_policy: MakePolicy, tmp_path: Path, how: str) -> None:
+    checkpoints, policy = store(tmp_path), small(make_policy)
+    checkpoints.save(1, policy.trainable, {}, {})
+    damage(checkpoints.folder / "step_00000001", how)
+    with pytest.raises(DataError, match=rf"{re.escape(str(checkpoints.folder))}/step_00000001.*delete it"):
+        checkpoints.load(1, policy.trainable, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": 32}, {"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"num_nextn_predict_layers": 0}],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    make_policy: MakePolicy, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    checkpoints, policy = store(tmp_path), make_policy()
+    train(policy, 0, 1)
+    checkpoints.save(1, policy.trainable, {}, {})
+    with pytest.raises(DataError, match=r"step_00000001.*of another model"):
+        checkpoints.load(1, make_policy(**changes).trainable, {})

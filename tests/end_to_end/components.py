@@ -1,0 +1,39 @@
+"""Components of a user's own, named in the run files of these tests as `module:Name`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.section import Section
+from megatron_r1.loss.base import LossInputs, Metrics
+from megatron_r1.loss.grpo import Grpo
+from megatron_r1.types import Group
+
+
+class Digits:
+    """Share of digits in a response: even a model that has learned nothing differs in it from sample to sample."""
+
+    isolated = False
+
+    class Config(Section):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def __call__(self, group: Group) -> list[float | None]:
+        return [sum(c.isdigit() for c in sample.text) / (1 + len(sample.text)) for sample in group.samples]
+
+
+class Announced(Grpo):
+    """GRPO that says once, by renaming a file, that an update is under way, and lingers in it."""
+
+    class Config(Grpo.Config):
+        marker: Path
+
+    def __call__(self, logprobs: Any, inputs: LossInputs) -> tuple[Any, Metrics]:
+        assert isinstance(self.config, Announced.Config)
+        if self.config.marker.exists():
+            self.config.marker.rename(self.config.marker.with_suffix(".seen"))
+            time.sleep(2)
+        return super().__call__(logprobs, inputs)

@@ -1,0 +1,45 @@
+"""Pretraining that is killed, interrupted or cut into processes reaches the numbers of the undisturbed run."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.end_to_end import runs
+from tests.end_to_end.runs import Command, checkpoint, rows, weights
+
+
+def test_killed_run_goes_on_to_the_same_bits(prepared: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run_file = runs.write(tmp_path / "pretrain.toml", runs.pretrain(prepared, output))
+    with Command("pretrain", run_file) as command:
+        command.until(checkpoint(output, 4)).send(signal.SIGKILL)
+        assert command.end() == -signal.SIGKILL
+    assert not checkpoint(output, 12)()
+    with Command("pretrain", run_file) as command:
+        assert command.end() == 0, command.message()
+    assert weights(output) == weights(prepared / "base")
+    assert rows(output) == rows(prepared / "base")
+    assert rows(output, "evaluation") == rows(prepared / "base", "evaluation")
+    assert runs.summary(output) == runs.summary(prepared / "base")
+
+
+def test_two_processes_learn_what_one_does(prepared: Path, tmp_path: Path) -> None:
+    """Stopped by SIGTERM on the way, and finished by one process."""
+    output = tmp_path / "run"
+    run_file = runs.write(tmp_path / "pretrain.toml", runs.pretrain(prepared, output))
+    with Command("pretrain", run_file, "--parallel.processes=2") as command:
+        command.until(checkpoint(output, 4)).look()
+        command.process.send_signal(signal.SIGTERM)
+        runs.interrupted_cleanly(command, 143)
+    assert not checkpoint(output, 12)()
+    with Command("pretrain", run_file) as command:
+        assert command.end() == 0, command.message()
+    found, expected = rows(output), rows(prepared / "base")
+    assert [row["step"] for row in found] == list(range(12))
+    for name in ("loss", "mtp_loss", "grad_norm", "lr"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], rel=1e-4), name
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
+    tensors, others = (load_file(folder / "hf/model.safetensors") for folder in (output, prepared / "base"))
+    assert max((tensors[name] - others[name]).abs().max().item() for name in tensors) < 1e-3

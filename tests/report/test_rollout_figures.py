@@ -1,0 +1,43 @@
+"""Rollout figures against numbers worked by hand."""
+
+import pytest
+
+from megatron_r1.report.rollout_figures import heldout_figures, rollout_figures, throughput
+from megatron_r1.types import Group, Question, Sample
+
+
+def sample(text: str, length: int, accuracy: float | None, finished: bool = True) -> Sample:
+    rewards = {"accuracy": accuracy, "format": 1.0}
+    reward = 1.0 + (accuracy or 0.0)
+    return Sample([1] * length, [0.0] * length, text, finished, 0, rewards=rewards, reward=reward)
+
+
+QUESTION = Question("q", "task", "?", "!")
+GROUPS = [
+    Group(QUESTION, [1], [sample("wait, check", 2, 1.0), sample("no", 4, 0.0)]),
+    Group(QUESTION, [1], [sample("yes", 6, None), sample("yes", 8, None, finished=False)]),
+]
+
+
+def test_means_over_all_samples() -> None:
+    figures = rollout_figures(GROUPS)
+    assert figures["reward"] == pytest.approx((2 + 1 + 1 + 1) / 4)
+    assert figures["accuracy"] == figures["reward/accuracy"] == 0.5  # None does not count
+    assert figures["format"] == 1.0
+    assert figures["response_length"] == 5.0
+    assert figures["truncated"] == 0.25
+    assert figures["reflective_words"] == 500.0  # two words in four responses
+    assert figures["uniform_groups"] == 0.5
+
+
+def test_names_of_an_evaluation() -> None:
+    assert heldout_figures(GROUPS) == {
+        "heldout_accuracy": 0.5,
+        "heldout_format": 1.0,
+        "heldout_reward": 1.25,
+        "heldout_length": 5.0,
+    }
+
+
+def test_throughput() -> None:
+    assert throughput(GROUPS, seconds=4.0) == {"tokens_per_second": 5.0}

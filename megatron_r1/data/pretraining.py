@@ -4,10 +4,12 @@ Which row is fed at which step depends on nothing but the seed and the step, so 
 cursor: it asks for the next rows.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.compat import megatron_cpu
 from megatron_r1.data.tokenizer import Tokenizer
@@ -16,6 +18,9 @@ from megatron_r1.errors import DataError
 megatron_cpu.enable()
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
+
+_WHOLE = "whole"
+"""File in a cache folder that says that the index in it is complete."""
 
 
 @dataclass
@@ -38,11 +43,11 @@ class Corpus:
         tokenizer: the one that made them.
         sequence_length: tokens of a row.
         rows: how many rows will be asked for; documents repeat when there are fewer.
-        cache: folder for Megatron's shuffling index.
+        cache: folder for Megatron's shuffling index, of this corpus alone.
         seed: of the shuffle.
 
     Raises:
-        DataError: a dataset is missing or holds less than one row.
+        DataError: a dataset is missing, damaged, or holds less than one row.
     """
 
     def __init__(
@@ -62,16 +67,32 @@ class Corpus:
             eod_mask_loss=False,
             create_attention_mask=False,
         )
+        names = ", ".join(map(str, paths))
+        _drop_unless_whole(cache)
         builder = BlendedMegatronDatasetBuilder(GPTDataset, [rows, None, None], lambda: True, config)
-        self._dataset = builder.build()[0]
+        try:
+            self._dataset = builder.build()[0]
+        except (ValueError, OSError, AssertionError) as error:
+            raise DataError(
+                f"cannot read the indexed dataset {names}: {error}; write it again by `data index`"
+            ) from error
         if self._dataset is None or len(self._dataset) < rows:
-            raise DataError(f"{', '.join(map(str, paths))}: too few tokens for one row of {sequence_length}")
+            raise DataError(f"{names}: too few tokens for one row of {sequence_length}")
+        (cache / _WHOLE).touch()
 
     def rows(self, start: int, count: int, device: torch.device) -> Rows:
         """Rows `start` to `start + count - 1`."""
         rows = [self._dataset[index] for index in range(start, start + count)]
         tokens, labels = (torch.stack([row[key] for row in rows]).to(device) for key in ("tokens", "labels"))
         return Rows(tokens, labels)
+
+
+def _drop_unless_whole(cache: Path) -> None:
+    """Megatron takes a shuffling index that a killed run left half-written as valid."""
+    first = not dist.is_initialized() or dist.get_rank() == 0  # The others read only what the first has built.
+    if first and not (cache / _WHOLE).exists():
+        shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
 
 
 class _SpecialTokens:

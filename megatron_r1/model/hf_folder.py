@@ -83,6 +83,7 @@ def write(folder: Path, config: HFConfig, tensors: Iterable[tuple[str, torch.Ten
             shutil.copy2(tokenizer / name, aside / name)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed right here
         os.replace(folder, old)
     os.replace(aside, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -6,10 +6,12 @@ whole calls, and reports all of them broken when a worker dies right after it to
 """
 
 import multiprocessing
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -127,8 +129,14 @@ class _Worker:
         if self._process is not None and self._process.is_alive():
             return
         self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=serve, args=(theirs, *self._sections), daemon=True)
-        self._process.start()
+        process = _CONTEXT.Process(target=serve, args=(theirs, *self._sections), daemon=True)
+        resource_tracker.ensure_running()  # by itself, start() would launch it and undo the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the child inherits it: Ctrl-C is the run's
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._process = process  # only now: `close` may come from another thread, and kills what has started
         theirs.close()
         try:
             ready = self._receive(_START_LIMIT)

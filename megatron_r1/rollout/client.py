@@ -30,6 +30,15 @@ class Client:
         except httpx.TransportError:
             return False
 
+    def lost(self) -> bool:
+        """Does it refuse connections, or say that its engine is dead? One that is only slow is not lost."""
+        try:
+            return self._http.get("/health", timeout=HEALTH_SECONDS).status_code != httpx.codes.OK
+        except httpx.TimeoutException:
+            return False
+        except httpx.TransportError:
+            return True
+
     def sample(
         self, prompts: list[list[int]], seeds: list[list[int]], max_tokens: list[int], sampling: Sampling
     ) -> list[list[dict[str, Any]]]:

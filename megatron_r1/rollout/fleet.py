@@ -4,14 +4,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError
-from megatron_r1.rollout.client import Client
+from megatron_r1.rollout.client import HEALTH_SECONDS, Client
 from megatron_r1.rollout.engine import Decode, Sampling, stream_seed, to_sample
 from megatron_r1.rollout.server import Server, read_config
 from megatron_r1.types import Sample
@@ -152,10 +152,19 @@ class Fleet:
         self._gather(call, self._clients)
 
     def _gather(self, call: Callable[[Any], T], over: Sequence[Any]) -> list[T]:
-        """`call` for each element at once; the first failure is raised without waiting for the others."""
+        """`call` for each element at once; the first failure is raised without waiting for the others.
+
+        A server whose engine has died may hold its connections open for ever, so health is asked for meanwhile.
+        """
         futures = [self._threads.submit(call, element) for element in over]
-        for future in as_completed(futures):
-            future.result()
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, HEALTH_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            for client in self._clients if not done else []:
+                if client.lost():
+                    raise client.server.failure("has died")
         return [future.result() for future in futures]
 
 

@@ -8,6 +8,7 @@
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,9 +93,11 @@ class _Feed:
                 f"batch {config.batch} does not divide into microbatch {config.microbatch} x {policy.ranks} ranks"
             )
         self._config, self._tokenizer, self._policy = config, tokenizer, policy
-        self._training = self._corpus(config.corpus.train, config.steps * config.batch)
+        self._training = self._corpus("train", config.corpus.train, config.steps * config.batch)
         if config.corpus.validation:
-            self._validation = self._corpus(config.corpus.validation, config.validation_batches * config.batch)
+            self._validation = self._corpus(
+                "validation", config.corpus.validation, config.validation_batches * config.batch
+            )
 
     def training(self, step: int) -> Minibatch:
         """Microbatches of one optimizer step."""
@@ -110,9 +113,9 @@ class _Feed:
         report.evaluation(step, figures)
         return figures
 
-    def _corpus(self, paths: list[Any], rows: int) -> Corpus:
+    def _corpus(self, name: str, paths: list[Path], rows: int) -> Corpus:
         config = self._config
-        cache = config.output / "cache"
+        cache = config.output / "cache" / name
         return Corpus(paths, self._tokenizer, config.corpus.sequence_length, rows, cache, config.seed)
 
     def _share(self, corpus: Corpus, start: int, count: int) -> Minibatch:

@@ -65,13 +65,14 @@ VERBS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 done, 1 the run failed, 2 bad input, 130/143 interrupted."""
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options, overrides = parser.parse_known_args(arguments)
     verb = VERBS[options.verb]
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
     try:
-        return _run(verb, options, overrides)
+        return _run(verb, options, overrides, arguments)
     except UserError as error:
         if rank:
             # Most errors are raised on every rank. The first reports them, when it has stopped its engines, and its
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(stop.code or 0) if isinstance(stop, SystemExit) else 130
 
 
-def _run(verb: Verb, options: argparse.Namespace, overrides: list[str]) -> int:
+def _run(verb: Verb, options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
     from megatron_r1.config.load import dump, load
 
     config = load(options.config, overrides, _import(verb.config))
@@ -97,10 +98,12 @@ def _run(verb: Verb, options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     parallel = getattr(config, "parallel", None)
     if parallel is not None and parallel.processes > 1 and "RANK" not in os.environ:
-        return relaunch(parallel.processes, sys.argv[1:])
+        return relaunch(parallel.processes, arguments)
     summary: dict[str, Any] = _import(verb.run)(config)
-    if options.json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(summary))
+    if os.environ.get("RANK", "0") == "0":
+        (config.output / "config.toml").write_text(dump(config))
+        if options.json:
+            print(json.dumps(summary))
     return 0
 
 

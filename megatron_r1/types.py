@@ -10,7 +10,7 @@ A worked example, one question answered by a group of two::
                  weight_version=12)
     group = Group(question, prompt_tokens=[1, 88, 90], samples=[good, bad])
     judge([group])               # fills sample.rewards = {"accuracy": 1.0, "format": 1.0}, sample.reward = 2.0
-    estimate([group])            # fills sample.advantage = +0.7071 and -0.7071
+    estimate([group])            # fills sample.advantage = +1.0 and -1.0
 """
 
 from dataclasses import dataclass, field

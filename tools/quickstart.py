@@ -1,8 +1,8 @@
 """`make quickstart`: every verb from nothing to a finished R1-Zero run, timed, with one summary at the end.
 
 Runs the five verbs of `examples/r1_tiny/` as a user would type them and writes `runs/quickstart/summary.json`
-and `report.html`. Killed, it goes on where it was: verbs that are done are not repeated. `--seed=2` and other
-overrides of the `rl` verb may be given.
+and `report.html`. Killed, it goes on where it was: verbs that are done are not repeated, and what they took is
+remembered. Overrides of the `rl` verb may be given, for example `--report.wandb=offline`.
 """
 
 import json
@@ -34,22 +34,25 @@ GIB = 2**30
 def main() -> int:
     """Run what is not done yet. Returns the exit code of the first verb that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    began = time.monotonic()
-    seconds: dict[str, float] = {}
-    with PeakMemory() as memory:
+    times = OUTPUT / "seconds.json"
+    record = json.loads(times.read_text()) if times.exists() else {"seconds": {}, "peak": 0}
+    seconds = record["seconds"]
+    with PeakMemory(record["peak"]) as memory:
         for verb, name in VERBS.items():
-            if (OUTPUT / DONE.get(verb, "none") / "summary.json").exists():
+            if verb in DONE and (OUTPUT / DONE[verb] / "summary.json").exists():
                 print(f"== {verb}: done before ==", flush=True)
                 continue
             print(f"\n== megatron-r1 {verb} {EXAMPLE / name}.toml ==", flush=True)
             start = time.monotonic()
             code = run(verb, EXAMPLE / f"{name}.toml", sys.argv[1:] if verb == "rl" else [])
+            seconds[verb] = round(seconds.get(verb, 0.0) + time.monotonic() - start, 1)
+            OUTPUT.mkdir(parents=True, exist_ok=True)
+            times.write_text(json.dumps({"seconds": seconds, "peak": memory.peak}))
             if code:
                 return code
-            seconds[verb] = round(time.monotonic() - start, 1)
     install = Path(sys.prefix) / "install_seconds"
     installed = float(install.read_text()) if install.exists() else 0.0
-    total = round(installed + time.monotonic() - began, 1)
+    total = round(installed + sum(seconds.values()), 1)
     figures = json.loads((OUTPUT / "r1_zero/summary.json").read_text())
     figures |= {
         "seconds_install": installed,
@@ -86,8 +89,8 @@ def run(verb: str, config: Path, overrides: list[str]) -> int:
 class PeakMemory:
     """Samples the memory of all child processes; pages that they share are counted once (PSS)."""
 
-    def __init__(self) -> None:
-        self.peak = 0
+    def __init__(self, peak: int) -> None:
+        self.peak = peak
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1.compat.megatron_checkpoint import keep_results_in_process
 from megatron_r1.config.sections import CheckpointSection
-from megatron_r1.errors import DataError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.trainable import Trainable
 
 keep_results_in_process()
@@ -39,10 +39,11 @@ class Checkpoints:
     Args:
         folder: where they stand, one folder each.
         section: the run's [checkpoint].
+        identity: what must not change while a run goes on, such as its seed.
     """
 
-    def __init__(self, folder: Path, section: CheckpointSection) -> None:
-        self.folder, self.section = folder, section
+    def __init__(self, folder: Path, section: CheckpointSection, identity: dict[str, int]) -> None:
+        self.folder, self.section, self.identity = folder, section, identity
 
     def latest(self) -> int | None:
         """Steps done by the newest whole checkpoint, None if there is none."""
@@ -81,12 +82,16 @@ class Checkpoints:
 
         Raises:
             DataError: the checkpoint does not fit the model or cannot be read.
+            ConfigError: it is of a run with another identity.
         """
         path = self.folder / f"step_{done:08d}"
         try:
+            self._check_identity(path, dist_checkpointing.load_common_state_dict(str(path))["identity"])
             state = dist_checkpointing.load(
                 self._state(trainable, weights, None), str(path), strict=StrictHandling.RAISE_ALL
             )
+        except ConfigError:
+            raise
         except (Exception, CheckpointException) as error:  # torch's own is a bare BaseException
             raise DataError(
                 f"cannot resume from {path}: it is damaged or of another model ({_reason(error)}); "
@@ -101,6 +106,16 @@ class Checkpoints:
         figures: dict[str, float] = state["figures"]
         return figures
 
+    def _check_identity(self, path: Path, theirs: dict[str, int]) -> None:
+        """Before the load, which writes into the model's own memory."""
+        changed = [key for key, value in self.identity.items() if theirs.get(key) != value]
+        if changed:
+            raise ConfigError(
+                f"{path} is of a run with {', '.join(f'{key} = {theirs.get(key)}' for key in changed)}, "
+                f"this one has {', '.join(f'{key} = {self.identity[key]}' for key in changed)}: choose another output "
+                "folder for a new run, or give it the old value to go on"
+            )
+
     def _whole(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
@@ -114,6 +129,7 @@ class Checkpoints:
             "scheduler": trainable.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "figures": figures,
+            "identity": self.identity,
         }
         for name, tensors in weights.items():
             sharded = trainable.module.sharded_state_dict(prefix=f"weights.{name}.", metadata=metadata)

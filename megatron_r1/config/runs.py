@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.section import Component, Section
 from megatron_r1.config.sections import (
@@ -127,7 +127,7 @@ class RLConfig(Section):
     """Optimizer updates of one rollout."""
     tokens_per_microbatch: PositiveInt = 16384
     """Packed tokens of one forward pass on one rank; a longer single sample gets a pass of its own."""
-    logprob_bound: PositiveFloat = Field(default=0.02)
+    logprob_bound: PositiveFloat = 0.02
     """The run refuses to start when trainer and engine differ by more than this on average, nats per token."""
     data: TaskSection
     heldout: TaskSection

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_r1.config.section import Component, Section
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSection(Section):
@@ -33,7 +33,8 @@ class PolicySection(ModelSection):
     """[model] of reinforcement learning: the balance terms of pretraining are off unless asked for."""
 
     mtp_loss_coef: NonNegativeFloat = 0.0
-    """0 leaves the MTP layer out of training; its tensors pass through to the exported model unchanged."""
+    """0 leaves the MTP layer out of training; its tensors pass through to the exported model unchanged. Above 0
+    it learns to predict the policy's own samples, right or wrong, and the trunk with it."""
     balance_loss_coef: NonNegativeFloat = 0.0
     bias_update_rate: NonNegativeFloat = 0.0
 
@@ -55,8 +56,8 @@ class OptimSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from 0."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_grad: PositiveFloat = 1.0
@@ -100,7 +101,6 @@ class RolloutSection(Section):
     max_tokens: PositiveInt
     """Longest response, tokens."""
     temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_num_seqs: PositiveInt = 256
     """Sequences that one engine decodes at once."""
     kv_cache_gib: PositiveFloat = 0.5
@@ -124,7 +124,7 @@ class RolloutSection(Section):
 
 
 class TaskSection(Section):
-    """[questions] / [heldout]: where questions come from."""
+    """[data] / [heldout]: where questions come from."""
 
     task: Component
     """`type` names the task; its other keys are the task's own."""

@@ -10,11 +10,12 @@ from rich.progress import track
 from megatron_r1.config import component
 from megatron_r1.config.runs import GenerateConfig
 from megatron_r1.data.files import write_json, write_lines
-from megatron_r1.data.questions import distinct, heldout, stream_seed, texts
+from megatron_r1.data.questions import distinct, heldout, texts
 from megatron_r1.data.tasks.base import Task
 from megatron_r1.data.templates import render
 from megatron_r1.data.worked import styles
 from megatron_r1.errors import ConfigError, nearest
+from megatron_r1.seeds import stream_seed
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:

@@ -3,25 +3,10 @@
 from collections.abc import Sequence
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> int:
-    """How many packs of `capacity` tokens best-fit-decreasing needs (DeepSeek-R1, arXiv 2501.12948 v2, B.1).
-
-    A sequence longer than `capacity` has a pack to itself.
-    """
-    room: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [(left, index) for index, left in enumerate(room) if left >= length]
-        if fitting:
-            room[min(fitting)[1]] -= length
-        else:
-            room.append(max(capacity - length, 0))
-    return len(room)
-
-
 def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     """Deal sequences over data-parallel ranks, longest first to the rank with the least to do.
 
-    Returns each rank's indices, ascending; their numbers differ by at most one.
+    Returns each rank's indices, ascending; none has more than its share of the count, rounded up.
     """
     quota = -(-len(lengths) // ranks)
     hands: list[list[int]] = [[] for _ in range(ranks)]
@@ -31,6 +16,16 @@ def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
         hands[rank].append(index)
         loads[rank] += lengths[index]
     return [sorted(hand) for hand in hands]
+
+
+def packs_needed(lengths: Sequence[int], capacity: int) -> int:
+    """The fewest packs in which `partition` keeps to `capacity` tokens; a longer sequence has a pack to itself."""
+    packs = max(1, min(len(lengths), -(-sum(lengths) // capacity)))
+    while packs < len(lengths) and any(
+        len(pack) > 1 and sum(lengths[index] for index in pack) > capacity for pack in partition(lengths, packs)
+    ):
+        packs += 1
+    return packs
 
 
 def partition(lengths: Sequence[int], packs: int) -> list[list[int]]:

@@ -1,9 +1,11 @@
 """Megatron indexed datasets -> rows of a fixed length, by number.
 
-Which row is fed at which step depends on nothing but the seed and the step, so a resumed run needs no
-cursor: it asks for the next rows.
+Which row is fed at which step depends on nothing but the seed, the step and how many rows the whole run
+takes, so a resumed run needs no cursor: it asks for the next rows. (Megatron shuffles all epochs of a run
+together: with another number of steps the order is another.)
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 
 _WHOLE = "whole"
-"""File in a cache folder that says that the index in it is complete."""
+"""File in a cache folder that says that the index in it is complete, and of what."""
 
 
 @dataclass
@@ -68,7 +70,8 @@ class Corpus:
             create_attention_mask=False,
         )
         names = ", ".join(map(str, paths))
-        _drop_unless_whole(cache)
+        identity = json.dumps({"rows": rows, "length": sequence_length, "seed": seed, "data": _fingerprint(paths)})
+        _drop_unless_whole(cache, identity)
         builder = BlendedMegatronDatasetBuilder(GPTDataset, [rows, None, None], lambda: True, config)
         try:
             self._dataset = builder.build()[0]
@@ -78,7 +81,7 @@ class Corpus:
             ) from error
         if self._dataset is None or len(self._dataset) < rows:
             raise DataError(f"{names}: too few tokens for one row of {sequence_length}")
-        (cache / _WHOLE).touch()
+        (cache / _WHOLE).write_text(identity)
 
     def rows(self, start: int, count: int, device: torch.device) -> Rows:
         """Rows `start` to `start + count - 1`."""
@@ -87,12 +90,17 @@ class Corpus:
         return Rows(tokens, labels)
 
 
-def _drop_unless_whole(cache: Path) -> None:
-    """Megatron takes a shuffling index that a killed run left half-written as valid."""
+def _drop_unless_whole(cache: Path, identity: str) -> None:
+    """Megatron takes an index as valid that a killed run left half-written, or that is of data since written anew."""
     first = not dist.is_initialized() or dist.get_rank() == 0  # The others read only what the first has built.
-    if first and not (cache / _WHOLE).exists():
+    if first and not ((cache / _WHOLE).exists() and (cache / _WHOLE).read_text() == identity):
         shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True, exist_ok=True)
+
+
+def _fingerprint(paths: list[Path]) -> list[list[int]]:
+    files = [path.with_name(path.name + ending) for path in paths for ending in (".idx", ".bin")]
+    return [[file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
 
 
 class _SpecialTokens:

@@ -1,7 +1,6 @@
 """Questions for training and for evaluation, as pure functions of seed and step: nothing to save or restore."""
 
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from itertools import count
 
 from megatron_r1.config import component
@@ -9,6 +8,7 @@ from megatron_r1.config.sections import TaskSection
 from megatron_r1.data.tasks.base import Problem, Task
 from megatron_r1.data.templates import render
 from megatron_r1.errors import ConfigError
+from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Question
 
 _PATIENCE = 1000
@@ -55,12 +55,6 @@ def heldout(section: TaskSection, n: int) -> list[Question]:
 def texts(questions: Iterable[Question]) -> frozenset[str]:
     """The bare texts of questions, without their templates, for `Questions(exclude=...)`."""
     return frozenset(question.metadata["text"] for question in questions)
-
-
-def stream_seed(*parts: str | int) -> int:
-    """A 63-bit seed for a stream of problems; different parts give unrelated streams."""
-    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def distinct(task: Task, seed: int, exclude: frozenset[str], repeats: bool) -> Iterator[Problem]:

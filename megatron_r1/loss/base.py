@@ -26,6 +26,9 @@ class LossInputs:
 class Loss(Protocol):
     """An objective to minimise."""
 
+    needs_reference: bool
+    """Whether `ref_logprobs` must be there."""
+
     def token_weights(self, lengths: list[int]) -> list[float]:
         """Weight of each token of every sequence of a global minibatch, from the sequences' lengths. [sequences]"""
         ...

@@ -62,7 +62,7 @@ class Grpo:
         assert inputs.old_logprobs is not None
         log_ratio = logprobs - inputs.old_logprobs
         if self.config.ratio == "sequence":
-            totals = log_ratio.new_zeros(int(inputs.segments[-1]) + 1).index_add(0, inputs.segments, log_ratio)
+            totals = log_ratio.new_zeros(len(log_ratio)).index_add(0, inputs.segments, log_ratio)
             log_ratio = totals[inputs.segments]
         ratio = log_ratio.exp()
         high = self.config.clip_eps_high or self.config.clip_eps

@@ -97,11 +97,22 @@ def parameter_count(module: torch.nn.Module) -> int:
     return sum(param.numel() for param in module.parameters())
 
 
-def check_tokenizer(model: BuiltModel, vocab_size: int) -> None:
-    """Raises `ConfigError` when a tokenizer can produce ids that the model's embedding does not have."""
+def check_tokenizer(model: BuiltModel, vocab_size: int, eos_id: int) -> None:
+    """Compare a tokenizer with the model it is used with.
+
+    Raises:
+        ConfigError: it has ids that the model's embedding does not have, or another end-of-sequence token than
+            config.json names, so that no response would ever end.
+    """
     rows = model.hf["vocab_size"]
     if vocab_size > rows:
         raise ConfigError(
             f"the tokenizer has {vocab_size} tokens, but the model's vocab_size is {rows}: "
             "use the model's own tokenizer, or a config.json with a vocab_size that large"
+        )
+    named = model.hf.get("eos_token_id")
+    if eos_id not in (named if isinstance(named, list) else [named]):
+        raise ConfigError(
+            f"the tokenizer ends a text with token {eos_id}, but config.json's eos_token_id is {named}: "
+            "use the model's own tokenizer, or correct config.json"
         )

@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 from megatron_r1.errors import DataError
 from megatron_r1.model.family import HFConfig
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files of a model folder that training does not change."""
 
 
 def read_config(folder: Path) -> HFConfig:
@@ -31,7 +39,7 @@ def read_config(folder: Path) -> HFConfig:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not config.get("architectures"):
+    if not isinstance(config, dict) or not config.get("architectures"):
         raise DataError(f"{path} names no architecture (key 'architectures')")
     return config
 
@@ -63,14 +71,15 @@ class TensorReader:
         return tensor
 
 
-def write(folder: Path, config: HFConfig, tensors: Iterable[tuple[str, torch.Tensor]], tokenizer: Path) -> None:
+def write(folder: Path, config: HFConfig, tensors: Iterable[tuple[str, torch.Tensor]], *sources: Path) -> None:
     """Write a model folder aside, then rename it into place; an older one of that name is replaced.
 
     Args:
         folder: where it will stand.
         config: its `config.json`.
         tensors: Hugging Face names and values.
-        tokenizer: the folder whose tokenizer files are copied beside the weights.
+        sources: folders whose tokenizer and generation settings are copied beside the weights; the first that has
+            a file gives it.
     """
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -78,9 +87,9 @@ def write(folder: Path, config: HFConfig, tensors: Iterable[tuple[str, torch.Ten
     values = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors}
     save_file(values, aside / "model.safetensors", metadata={"format": "pt"})
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copy2(tokenizer / name, aside / name)
+    for name in COMPANIONS:
+        if found := next((source / name for source in sources if (source / name).exists()), None):
+            shutil.copy2(found, aside / name)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed right here

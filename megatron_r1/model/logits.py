@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+CHUNK = 1024
+"""Positions whose entropy is computed at once: a whole batch of float32 copies of logits is many GiB."""
+
 
 class LogitsObserver:
     """Divides a model's logits by a temperature and, while asked to, records their entropy.
 
-    The main head is the last to call the output layer in a forward pass (MTP heads come first), so an
-    observation of one pass overwrites itself until the main head's remains.
+    The main head is the last to call the output layer in a forward pass, after the MTP heads: of every pass the
+    last call is recorded.
     """
 
     def __init__(self, model: GPTModel, temperature: float) -> None:
@@ -48,6 +51,9 @@ class LogitsObserver:
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """H = log Z - sum_v p_v z_v of each row of logits, nats. `[..., vocab]` -> `[...]`"""
-    normalizer = torch.logsumexp(logits.float(), dim=-1)
-    probabilities = torch.softmax(logits.float(), dim=-1)
-    return normalizer - (probabilities * logits.float()).sum(-1)
+    return torch.cat([_entropy(chunk.float()) for chunk in logits.split(CHUNK)])
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    normalizer = torch.logsumexp(logits, dim=-1)
+    return normalizer - (torch.softmax(logits, dim=-1) * logits).sum(-1)

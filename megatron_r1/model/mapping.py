@@ -61,7 +61,7 @@ class WeightMap:
             tensor = ours.pop(rule.megatron).detach()
             tensor = tensor if rule.float32 else tensor.to(dtype)
             yield from zip(rule.hf, tensor.chunk(len(rule.hf)), strict=True)
-            yield from ((name, tensor) for name in rule.copies if name not in self.passthrough)
+            yield from ((name, tensor) for name in rule.copies)
         if ours:
             raise DataError(f"no rule exports {len(ours)} tensors of the model, for example {next(iter(ours))}")
         yield from self.passthrough.items()

@@ -190,10 +190,13 @@ class Report:
             display.message(text)
 
     def summary(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `summary.json` and `report.html`; returns the figures as written."""
+        """Write `summary.json` and `report.html`; returns the figures as written.
+
+        `seconds_total` is added: the time since the run began, that of earlier, killed processes included.
+        """
         if not self.enabled:
             return dict(figures)
-        clean = write_summary(self.output, dict(figures))
+        clean = write_summary(self.output, {**figures, "seconds_total": self._elapsed()})
         for tracker in self._trackers:
             tracker.summary(clean)
         self._rendered = True

@@ -33,7 +33,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-PATH = "/megatron_r1/sample"
+from megatron_r1.rollout.engine import SAMPLE_PATH
 
 
 class BatchRoute:
@@ -45,7 +45,7 @@ class BatchRoute:
         self.batches = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH:
+        if scope["type"] != "http" or scope["path"] != SAMPLE_PATH:
             await self.app(scope, receive, send)
             return
         request = json.loads(await Request(scope, receive).body())

@@ -6,10 +6,9 @@ from typing import Any
 import httpx
 
 from megatron_r1.errors import EngineError
-from megatron_r1.rollout.engine import Sampling
+from megatron_r1.rollout.engine import SAMPLE_PATH, Sampling
 from megatron_r1.rollout.server import Server
 
-SAMPLE_PATH = "/megatron_r1/sample"
 HEALTH_SECONDS = 5.0
 CONTROL_SECONDS = 60.0
 """Deadline of a control call (pause, resume, cache reset)."""

@@ -4,7 +4,6 @@ Nothing is ever tokenised again: prompts arrive as ids, responses leave as the i
 only for the rewards to read.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,11 @@ from typing import Any, Protocol
 
 from megatron_r1.errors import EngineError
 from megatron_r1.types import Sample
+
+SAMPLE_PATH = "/megatron_r1/sample"
+"""Route of a whole batch, inside the server (`batch_route.py`)."""
+TRANSPORT = "megatron_r1_shm"
+"""What our weight transport is called in vLLM (`receiver.py`)."""
 
 Decode = Callable[[list[int]], str]
 """Token ids -> text."""
@@ -73,15 +77,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop every process of the engine; may be called more than once."""
         ...
-
-
-def stream_seed(seed: int, prompt: int, sample: int) -> int:
-    """Seed of one response's random stream, in [0, 2^63): a hash, so that no two responses share a stream.
-
-    vLLM itself gives sample i of *every* prompt the seed `seed + i`, which correlates the noise across prompts.
-    """
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def to_sample(answer: dict[str, Any], decode: Decode) -> Sample:

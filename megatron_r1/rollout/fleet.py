@@ -12,8 +12,9 @@ from typing import Any, Self, TypeVar
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError
 from megatron_r1.rollout.client import HEALTH_SECONDS, Client
-from megatron_r1.rollout.engine import Decode, Sampling, stream_seed, to_sample
+from megatron_r1.rollout.engine import Decode, Sampling, to_sample
 from megatron_r1.rollout.server import Server, read_config
+from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,12 @@ class Fleet:
         """See `Engine.sample`. Prompts are dealt out in contiguous shares, one to each server."""
         sampling = Sampling(
             temperature=self.section.temperature if temperature is None else temperature,
-            top_p=self.section.top_p if top_p is None else top_p,
+            top_p=1.0 if top_p is None else top_p,
             max_tokens=max_tokens or self.section.max_tokens,
             stop_token_ids=self._stop_token_ids,
         )
         room = [self._room(index, prompt, sampling) for index, prompt in enumerate(prompts)]
+        # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
         seeds = [[stream_seed(seed, index, sample) for sample in range(n)] for index in range(len(prompts))]
         share = -(-len(prompts) // len(self._clients))
 

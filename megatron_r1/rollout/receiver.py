@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-BACKEND = "megatron_r1_shm"
+from megatron_r1.rollout.engine import TRANSPORT
 
 
 @dataclass
@@ -97,5 +97,5 @@ class Receiver:
     """Worker extension without methods: naming it is what makes the workers import this module."""
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM offers no public way to ask
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+if TRANSPORT not in WeightTransferEngineFactory._registry:  # vLLM offers no public way to ask
+    WeightTransferEngineFactory.register_engine(TRANSPORT, SharedMemoryEngine)

@@ -19,6 +19,7 @@ import torch
 import megatron_r1
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError, EngineError
+from megatron_r1.rollout.engine import TRANSPORT
 
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -107,7 +108,7 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
     command += ["--middleware=megatron_r1.rollout.batch_route.BatchRoute"]
     command += ["--worker-extension-cls=megatron_r1.rollout.receiver.Receiver"]
-    command += ['--weight-transfer-config={"backend": "megatron_r1_shm"}']
+    command += [f'--weight-transfer-config={{"backend": "{TRANSPORT}"}}']
     if on_cpu:
         command += ["--enforce-eager", f"--kv-cache-memory-bytes={int(section.kv_cache_gib * 2**30)}"]
         # Upstream bug (vLLM 0.32): the CPU rotary kernel misreads MLA's strided queries, silently and by nats.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1.data.packing import best_fit, deal, partition
+from megatron_r1.data.packing import deal, packs_needed, partition
 from megatron_r1.loss.base import Loss, LossInputs
 from megatron_r1.types import Group
 
@@ -88,16 +88,16 @@ def split(samples: Sequence[Trajectory], minibatches: int, seed: int, loss: Loss
         chosen = [samples[index] for index in order[start : start + size]]
         weights = loss.token_weights([sample.response_length for sample in chosen])
         hands = deal([sample.length for sample in chosen], share.ranks)
-        packs = max(best_fit([chosen[i].length for i in hand], share.capacity) for hand in hands)
+        packs = max(packs_needed([chosen[i].length for i in hand], share.capacity) for hand in hands)
         mine = hands[share.rank]
         for_rank = partition([chosen[i].length for i in mine], packs)
         yield [_pack([(chosen[mine[i]], weights[mine[i]]) for i in pack], share.device) for pack in for_rank]
 
 
 def _pack(samples: list[tuple[Trajectory, float]], device: torch.device) -> MicroBatch:
-    """Lay sequences one behind the other; an empty pack is one token that nothing is asked of."""
-    if not samples:
-        samples = [(Trajectory(tokens=[0, 0], response_length=0, advantage=0.0, engine_logprobs=[]), 0.0)]
+    """Lay sequences one behind the other; an empty pack is three tokens that nothing is asked of."""
+    if not samples:  # Three, because the MTP loss divides by the tokens that have two after them.
+        samples = [(Trajectory(tokens=[0, 0, 0, 0], response_length=0, advantage=0.0, engine_logprobs=[]), 0.0)]
     lengths = [sample.length for sample, _ in samples]
     ends = torch.tensor(lengths).cumsum(0)
     spans = zip(ends.tolist(), samples, strict=True)
@@ -121,16 +121,15 @@ def _pack(samples: list[tuple[Trajectory, float]], device: torch.device) -> Micr
     )
 
 
-def from_rows(tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, batch_tokens: int) -> MicroBatch:
-    """A microbatch of pretraining rows.
+def from_rows(tokens: torch.Tensor, labels: torch.Tensor, batch_tokens: int) -> MicroBatch:
+    """A microbatch of pretraining rows, in which every label counts.
 
     Args:
         tokens: [rows, seq].
         labels: [rows, seq].
-        mask: 1 where the label counts. [rows, seq]
         batch_tokens: tokens of the global batch, so that each weighs 1 / batch_tokens.
     """
-    selected = mask.flatten().nonzero().squeeze(1)
+    selected = torch.arange(tokens.numel(), device=tokens.device)
     weights = torch.full((selected.numel(),), 1 / batch_tokens, device=tokens.device)
     segments = selected // tokens.size(1)
     return MicroBatch(tokens, labels, None, selected, LossInputs(weights, segments))

@@ -9,6 +9,7 @@ import torch
 
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import EngineError
 from megatron_r1.model.parallel import from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
 from megatron_r1.reward.judge import Judge
@@ -29,6 +30,7 @@ class Collector:
     def __init__(self, config: RLConfig, tokenizer: Tokenizer, report: Report) -> None:
         self._config, self._tokenizer, self._report = config, tokenizer, report
         self._stack = ExitStack()
+        self._version = 0
 
     def __enter__(self) -> Self:
         from_first_rank(self._open)
@@ -43,6 +45,7 @@ class Collector:
         """Give the engines the policy's weights."""
         with self._report.phase("sync"):
             from_first_rank(lambda: self._sync.push(named_tensors, version))
+        self._version = version
 
     def collect(
         self, questions: Sequence[Question], n: int, seed: int, temperature: float | None = None
@@ -72,6 +75,9 @@ class Collector:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
         with self._report.phase("rollout"):
             answers = self._fleet.sample(prompts, n=n, seed=seed, temperature=temperature)
+        stale = {sample.weight_version for group in answers for sample in group} - {self._version}
+        if stale:
+            raise EngineError(f"samples come from weights {sorted(stale)}, but {self._version} was pushed last")
         groups = [Group(*parts) for parts in zip(questions, prompts, answers, strict=True)]
         with self._report.phase("reward"):
             self._judge(groups)

@@ -30,15 +30,15 @@ from megatron_r1.train.policy import Figures, Policy
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Pretrain, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
-    began = time.monotonic()
     initialize(config.parallel, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer)
     length = config.corpus.sequence_length
     model = build_model(config.model, length)
-    check_tokenizer(model, tokenizer.vocab_size)
+    check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
     policy, loss = Policy(model, config.optim, config.steps), CrossEntropy()
     feed = _Feed(config, tokenizer, policy)
-    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint)
+    identity = {"seed": config.seed, "batch": config.batch, "sequence_length": length}
+    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
     start = checkpoints.latest() or 0
     if start:
         checkpoints.load(start, policy.trainable, {})
@@ -70,14 +70,15 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         folder = config.output / "hf"
         dtype = getattr(torch, config.model.dtype)
         from_first_rank(
-            lambda: hf_folder.write(folder, model.hf, model.map.export(model.module, dtype), config.tokenizer)
+            lambda: hf_folder.write(
+                folder, model.hf, model.map.export(model.module, dtype), config.tokenizer, config.model.path
+            )
         )
         return report.summary(
             {
                 "model": str(folder),
                 "parameters": parameter_count(model.module),
                 "tokens": config.steps * config.batch * length,
-                "seconds_total": time.monotonic() - began,
                 **final,
             }
         )
@@ -124,5 +125,5 @@ class _Feed:
         minibatch = []
         for first in range(start + self._policy.rank * size, start + count, size * ranks):
             rows = corpus.rows(first, size, device())
-            minibatch.append(from_rows(rows.tokens, rows.labels, torch.ones_like(rows.labels), tokens))
+            minibatch.append(from_rows(rows.tokens, rows.labels, tokens))
         return minibatch

@@ -5,7 +5,7 @@ only for forward passes between updates, so its weights are exchanged with the p
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -26,10 +26,10 @@ class Reference:
         self._policy, self._every = policy, every
         self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self._live().items()}
 
-    def logprobs(self, minibatch: Minibatch) -> list[torch.Tensor]:
-        """Log-probabilities of the selected tokens under the reference. One `[selected]` tensor a microbatch."""
+    def logprobs(self, minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
+        """Log-probabilities of the selected tokens under the reference, as `Policy.logprobs` gives them for each."""
         with self._exchanged():
-            return self._policy.logprobs(minibatch)
+            return [self._policy.logprobs(minibatch) for minibatch in minibatches]
 
     @torch.no_grad()
     def refresh(self, done: int) -> bool:

@@ -13,36 +13,35 @@ from typing import Any
 
 import torch
 
-from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.advantage.base import Advantage
+from megatron_r1.checkpoint.store import Checkpoints, WeightSets
 from megatron_r1.config import component
 from megatron_r1.config.load import dump
 from megatron_r1.config.runs import RLConfig
-from megatron_r1.data.questions import Questions, heldout, stream_seed, texts
+from megatron_r1.data.questions import Questions, heldout, texts
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.loss.grpo import Grpo
+from megatron_r1.loss.base import Loss
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model, check_tokenizer, parameter_count
 from megatron_r1.model.parallel import device, from_first_rank, initialize, is_first_rank
 from megatron_r1.report.rollout_figures import heldout_figures, rollout_figures, throughput
 from megatron_r1.report.run import Report
+from megatron_r1.seeds import stream_seed
 from megatron_r1.train.batch import Minibatch, Share, split, trajectories, with_logprobs
 from megatron_r1.train.collector import Collector
 from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks, refuse_above
 from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.reference import Reference
-from megatron_r1.types import Group
+from megatron_r1.types import Group, Question
 
 
 def run(config: RLConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
-    began = time.monotonic()
     initialize(config.parallel, config.seed)
     learner = _Learner.build(config)
-    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, {"seed": config.seed})
     start = checkpoints.latest() or 0
-    carried: Figures = {}
-    if start:
-        carried = checkpoints.load(start, learner.policy.trainable, {"reference": learner.reference.weights})
+    carried = checkpoints.load(start, learner.policy.trainable, learner.weight_sets()) if start else {}
     title, first = config.report.title or "Reinforcement learning", is_first_rank()
     report = Report(config.output, config.report, title, config.steps, dump(config), start, enabled=first)
     with report, Collector(config, learner.tokenizer, report) as collector:
@@ -68,17 +67,17 @@ def run(config: RLConfig) -> dict[str, Any]:
                     for minibatch in batch:
                         report.add(learner.policy.step(minibatch, learner.loss))  # ascend J_GRPO
                 collector.push(learner.export(), version=done)  # pi_old <- pi_theta
-                if learner.needs_reference and learner.reference.refresh(done):
+                if learner.reference and learner.reference.refresh(done):
                     report.message(f"reference := policy after step {done}")
                 report.add(figures)
                 report.set({name: float(count) for name, count in collector.counters.items()})
             report.samples(step, groups[:1], "train")
             if checkpoints.due(done, config.steps):
                 with report.phase("checkpoint"):
-                    checkpoints.save(done, learner.policy.trainable, {"reference": learner.reference.weights}, carried)
+                    checkpoints.save(done, learner.policy.trainable, learner.weight_sets(), carried)
         final = {f"{name}_final": value for name, value in learner.evaluate(collector, report, config.steps).items()}
         learner.save_model()
-        return report.summary(_summary(config, carried, final, time.monotonic() - began))
+        return report.summary(_summary(config, carried | final))
 
 
 @dataclass
@@ -88,36 +87,38 @@ class _Learner:
     config: RLConfig
     tokenizer: Tokenizer
     policy: Policy
-    reference: Reference
+    reference: Reference | None
+    """None where the loss needs none."""
     questions: Questions
-    heldout: list[Any]
-    estimate: Any
-    loss: Grpo
+    heldout: list[Question]
+    estimate: Advantage
+    loss: Loss
 
     @classmethod
     def build(cls, config: RLConfig) -> "_Learner":
         """Everything that needs no engine, so that bad input is reported before one starts."""
         tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
         model = build_model(config.model, config.rollout.max_model_len)
-        check_tokenizer(model, tokenizer.vocab_size)
+        check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
         exam = heldout(config.heldout, config.evaluation.questions)
         policy = Policy(model, config.optim, config.steps * config.minibatches, config.rollout.temperature)
+        loss: Loss = component.build("loss", config.loss)
         return cls(
             config=config,
             tokenizer=tokenizer,
             policy=policy,
-            reference=Reference(policy, config.reference.refresh_every),
+            reference=Reference(policy, config.reference.refresh_every) if loss.needs_reference else None,
             questions=Questions(config.data, config.seed, exclude=texts(exam)),
             heldout=exam,
             estimate=component.build("advantage", config.advantage),
-            loss=component.build("loss", config.loss),
+            loss=loss,
         )
 
-    @property
-    def needs_reference(self) -> bool:
-        return self.loss.needs_reference
+    def weight_sets(self) -> WeightSets:
+        """What a checkpoint keeps besides the policy."""
+        return {"reference": self.reference.weights} if self.reference else {}
 
-    def draw(self, step: int) -> tuple[list[Any], int, int]:
+    def draw(self, step: int) -> tuple[list[Question], int, int]:
         """Questions, group size and seed of a step's rollout."""
         questions = self.questions.take(step, self.config.questions)
         return questions, self.config.group_size, stream_seed("rollout", self.config.seed, step)
@@ -127,13 +128,12 @@ class _Learner:
         config, policy = self.config, self.policy
         share = Share(policy.rank, policy.ranks, config.tokens_per_microbatch, device())
         seed = stream_seed("minibatches", config.seed, step)
-        batch, entropies = [], []
-        for minibatch in split(trajectories(groups), config.minibatches, seed, self.loss, share):
-            old, entropy = policy.logprobs_and_entropies(minibatch)
-            ref = self.reference.logprobs(minibatch) if self.needs_reference else None
-            batch.append(with_logprobs(minibatch, old, ref))
-            entropies += entropy
-        return batch, logprob_difference(batch) | {"entropy": mean_over_ranks(entropies)}
+        batch = list(split(trajectories(groups), config.minibatches, seed, self.loss, share))
+        old, entropies = zip(*(policy.logprobs_and_entropies(minibatch) for minibatch in batch), strict=True)
+        ref = self.reference.logprobs(batch) if self.reference else [None] * len(batch)
+        batch = [with_logprobs(*parts) for parts in zip(batch, old, ref, strict=True)]
+        entropy = mean_over_ranks([values for minibatch in entropies for values in minibatch])
+        return batch, logprob_difference(batch) | {"entropy": entropy}
 
     def evaluate(self, collector: Collector, report: Report, step: int) -> Figures:
         """Held-out questions, answered by the policy as it is after `step` steps."""
@@ -151,9 +151,8 @@ class _Learner:
 
     def save_model(self) -> None:
         """Write the trained model as a Hugging Face folder."""
-        tokenizer = self.config.tokenizer or self.config.model.path
-        hf = self.policy.model.hf
-        from_first_rank(lambda: hf_folder.write(self.config.output / "hf", hf, self.export(), tokenizer))
+        folder, hf, base = self.config.output / "hf", self.policy.model.hf, self.config.model.path
+        from_first_rank(lambda: hf_folder.write(folder, hf, self.export(), self.config.tokenizer or base, base))
 
 
 def _with_mean_difference(carried: Figures, figures: Figures, step: int) -> Figures:
@@ -171,13 +170,12 @@ def _batch_arithmetic(config: RLConfig, parameters: int) -> str:
     )
 
 
-def _summary(config: RLConfig, carried: Figures, final: Figures, seconds: float) -> dict[str, Any]:
-    short = {name.replace("heldout_format", "format_rate"): value for name, value in (carried | final).items()}
+def _summary(config: RLConfig, figures: Figures) -> dict[str, Any]:
+    short = {name.replace("heldout_format", "format_rate"): value for name, value in figures.items()}
     return {
         "model": str(config.output / "hf"),
         "steps": config.steps,
         "updates": config.steps * config.minibatches,
         "samples": config.steps * config.questions * config.group_size,
-        "seconds_total": seconds,
         **short,
     }

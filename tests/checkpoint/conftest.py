@@ -43,4 +43,4 @@ def train(policy: Policy, first: int, steps: int) -> list[dict[str, float]]:
 
 def _rows(step: int) -> Minibatch:
     rows = torch.randint(400, (2, 33), generator=torch.Generator().manual_seed(step))
-    return [from_rows(rows[:, :-1], rows[:, 1:], torch.ones_like(rows[:, 1:]), 64)]
+    return [from_rows(rows[:, :-1], rows[:, 1:], 64)]

@@ -8,7 +8,7 @@ import torch
 
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.sections import CheckpointSection, OptimSection
-from megatron_r1.errors import DataError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.mapping import weights
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.reference import Reference
@@ -32,8 +32,8 @@ def small(make_policy: MakePolicy) -> Policy:
     return policy
 
 
-def store(folder: Path, every: int = 1, keep: int = 2) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", CheckpointSection(every=every, keep=keep))
+def store(folder: Path, every: int = 1, keep: int = 2, seed: int = 0) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", CheckpointSection(every=every, keep=keep), {"seed": seed})
 
 
 def names(checkpoints: Checkpoints) -> list[str]:
@@ -150,3 +150,15 @@ def test_a_checkpoint_of_another_model_is_refused(
     checkpoints.save(1, policy.trainable, {}, {})
     with pytest.raises(DataError, match=r"step_00000001.*of another model"):
         checkpoints.load(1, make_policy(**changes).trainable, {})
+
+
+def test_a_run_with_another_seed_does_not_go_on_from_it(make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = small(make_policy)
+    store(tmp_path).save(1, policy.trainable, {}, {})
+    before = [param.clone() for param in policy.trainable.module.parameters()]
+    train(policy, 1, 1)
+    moved = [param.clone() for param in policy.trainable.module.parameters()]
+    with pytest.raises(ConfigError, match=r"seed = 0, this one has seed = 1"):
+        store(tmp_path, seed=1).load(1, policy.trainable, {})
+    assert all(torch.equal(a, b) for a, b in zip(policy.trainable.module.parameters(), moved, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, moved, strict=True))

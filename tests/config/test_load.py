@@ -102,7 +102,7 @@ def test_unknown_key_names_the_nearest(rl_file: Path, override: str, unknown: st
         ("--optim.beta1=1.5", "optim.beta1"),
         ("--model.dtype=float64", "model.dtype"),
         ("--rollout.arguments=1", "rollout.arguments"),
-        ("--rollout.top_p=0.0", "rollout.top_p"),
+        ("--optim.beta1=1.0", "optim.beta1"),
         ("--optim.lr=nan", "optim.lr"),
         ("--optim.lr=inf", "optim.lr"),
         ("--steps=true", "steps"),

@@ -61,6 +61,18 @@ def test_an_index_that_a_killed_run_left_is_built_anew(dataset: tuple[Path, Toke
     assert torch.equal(corpus(*dataset, tmp_path / "cache").rows(0, 5, torch.device("cpu")).tokens, expected)
 
 
+def test_an_index_of_other_data_is_built_anew(dataset: tuple[Path, Tokenizer], tmp_path: Path) -> None:
+    path, tokenizer = dataset
+    before = corpus(path, tokenizer, tmp_path / "cache").rows(0, 5, torch.device("cpu")).tokens
+    source = tmp_path / "train.jsonl"
+    source.write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS[::-1][:100]))
+    indexed.build(IndexConfig(inputs={"train": source}, output=path.parent, tokenizer=tokenizer.path))
+    after = corpus(path, tokenizer, tmp_path / "cache").rows(0, 5, torch.device("cpu")).tokens
+    fresh = corpus(path, tokenizer, tmp_path / "fresh").rows(0, 5, torch.device("cpu")).tokens
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+
+
 def test_missing_and_damaged_datasets(dataset: tuple[Path, Tokenizer], tmp_path: Path) -> None:
     path, tokenizer = dataset
     with pytest.raises(DataError, match=r"no indexed dataset .*nowhere\.idx"):

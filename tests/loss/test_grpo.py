@@ -122,6 +122,13 @@ def test_sequence_ratio_is_the_product_of_token_ratios() -> None:
     assert value.item() == pytest.approx(-(first * 1.0 + second * -1.0) / 2, rel=1e-6)
 
 
+def test_an_idle_microbatch_adds_nothing() -> None:
+    empty = torch.zeros(0)
+    data = LossInputs(empty, torch.zeros(0, dtype=torch.long), empty, empty, empty)
+    for ratio in ("token", "sequence"):
+        assert build(ratio=ratio)(empty.clone().requires_grad_(), data)[0].item() == 0.0
+
+
 def test_aggregates() -> None:
     lengths = [1, 3]
     assert build().token_weights(lengths) == [1 / 2, 1 / 6]

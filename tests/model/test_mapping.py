@@ -100,6 +100,8 @@ def test_lost_mtp_layer_and_long_context_are_refused(model_folder) -> None:  # t
 
 
 def test_tokenizer_must_fit(built: BuiltModel) -> None:
-    check_tokenizer(built, 400)
+    check_tokenizer(built, 400, eos_id=2)
     with pytest.raises(ConfigError, match=r"401 tokens.*400"):
-        check_tokenizer(built, 401)
+        check_tokenizer(built, 401, eos_id=2)
+    with pytest.raises(ConfigError, match=r"token 7.*eos_token_id is 2"):
+        check_tokenizer(built, 400, eos_id=7)

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_r1.errors import EngineError
-from megatron_r1.rollout.engine import stream_seed, to_sample
+from megatron_r1.rollout.engine import to_sample
+from megatron_r1.seeds import stream_seed
 
 
 def test_streams_are_apart_and_stable() -> None:

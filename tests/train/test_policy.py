@@ -63,17 +63,16 @@ def test_temperature_sharpens_the_distribution(make_policy: MakePolicy) -> None:
     assert cold < warm - 0.01
 
 
-def updated(policy: Policy, capacity: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def gradient_figures(policy: Policy, capacity: int) -> dict[str, float]:
     minibatch = one_minibatch(rollout(), LOSS, capacity)
     old = policy.logprobs(minibatch)
-    figures = policy.step(with_logprobs(minibatch, old, [lp - 0.1 for lp in old]), LOSS)
-    return figures, {name: tensor.clone() for name, tensor in weights(policy.model.module).items()}
+    return policy.step(with_logprobs(minibatch, old, [lp - 0.1 for lp in old]), LOSS)
 
 
 def test_an_update_does_not_depend_on_microbatching(make_policy: MakePolicy) -> None:
-    whole, cut = updated(make_policy(), 10_000), updated(make_policy(), 60)
+    whole, cut = gradient_figures(make_policy(), 10_000), gradient_figures(make_policy(), 60)
     for name in ("loss", "kl", "grad_norm", "ratio"):
-        assert cut[0][name] == pytest.approx(whole[0][name], rel=2e-5, abs=1e-6), name
+        assert cut[name] == pytest.approx(whole[name], rel=2e-5, abs=1e-6), name
 
 
 def test_an_update_is_adamw_on_the_written_out_objective(
@@ -131,12 +130,12 @@ def test_reference_stays_until_refreshed(make_policy: MakePolicy) -> None:
     policy.step(with_logprobs(minibatch, [start], [start]), LOSS)
     moved = policy.logprobs(minibatch)[0]
     assert (moved - start).abs().max() > 1e-2
-    assert torch.equal(reference.logprobs(minibatch)[0], start)
+    assert torch.equal(reference.logprobs([minibatch])[0][0], start)
     assert torch.equal(policy.logprobs(minibatch)[0], moved), "asking the reference changed the policy"
     assert not reference.refresh(1)
-    assert torch.equal(reference.logprobs(minibatch)[0], start)
+    assert torch.equal(reference.logprobs([minibatch])[0][0], start)
     assert reference.refresh(2)
-    assert torch.equal(reference.logprobs(minibatch)[0], moved)
+    assert torch.equal(reference.logprobs([minibatch])[0][0], moved)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_policy: MakePolicy) -> None:

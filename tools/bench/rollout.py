@@ -27,9 +27,9 @@ from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import Questions
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
-from megatron_r1.rollout.engine import stream_seed
 from megatron_r1.rollout.fleet import Fleet, stop_token_ids
 from megatron_r1.rollout.server import CPU_STEP_TOKENS, variables
+from megatron_r1.seeds import stream_seed
 
 SEED = 1
 
@@ -129,7 +129,7 @@ def main() -> None:
     n = config.group_size
     plain = {
         "temperature": config.rollout.temperature,
-        "top_p": config.rollout.top_p,
+        "top_p": 1.0,
         "max_tokens": config.rollout.max_tokens,
         "stop_token_ids": list(stop_token_ids(config.model.path)),
         "detokenize": False,

@@ -101,6 +101,7 @@ def _run(verb: Verb, options: argparse.Namespace, overrides: list[str], argument
         return relaunch(parallel.processes, arguments)
     summary: dict[str, Any] = _import(verb.run)(config)
     if os.environ.get("RANK", "0") == "0":
+        config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.toml").write_text(dump(config))
         if options.json:
             print(json.dumps(summary))

@@ -20,9 +20,11 @@ path = "model"
 
 [data.task]
 type = "reasoning_gym"
+dataset = "chain_sum"
 
 [heldout.task]
 type = "reasoning_gym"
+dataset = "chain_sum"
 
 [rewards.accuracy]
 type = "accuracy"

@@ -17,8 +17,8 @@ class Brevity:
     class Config(Section):
         limit: int = 10
 
-    def __init__(self, config, scale=1):
-        self.config, self.scale = config, scale
+    def __init__(self, config):
+        self.config = config
 """
 
 
@@ -37,8 +37,7 @@ def test_every_built_in_resolves(kind: str, name: str) -> None:
 
 def test_own_component(own_module: str) -> None:
     section = {"type": f"{own_module}:Brevity", "limit": 3}
-    reward = build("reward", section, scale=2)
-    assert (reward.config.limit, reward.scale) == (3, 2)
+    assert build("reward", section).config.limit == 3
     assert section == {"type": f"{own_module}:Brevity", "limit": 3}
 
 

@@ -65,6 +65,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _optimizer(module: ModuleType) -> None:
+    """Without Transformer Engine or Apex it takes torch's Adam, whose state the distributed optimizer cannot load."""
     vars(module).update(Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
 
 
@@ -123,6 +124,7 @@ def _moe_utils(module: ModuleType) -> None:
 
 
 def _jit(module: ModuleType) -> None:
+    """Fuses with torch.compile, which costs tens of seconds on CPU and gains nothing at these sizes."""
     module.disable_jit_fuser()
 
 

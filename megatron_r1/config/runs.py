@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_r1.config.section import Component, Section
+from megatron_r1.config.component import AdvantageComponent, LossComponent, RewardComponent, TaskComponent
+from megatron_r1.config.section import Section
 from megatron_r1.config.sections import (
     CheckpointSection,
     ModelSection,
@@ -22,7 +23,7 @@ class GenerateConfig(Section):
 
     output: Path
     """Folder for `train.jsonl` and `validation.jsonl`."""
-    task: Component
+    task: TaskComponent
     documents: PositiveInt
     validation_documents: PositiveInt = 256
     template: str = "r1_zero"
@@ -131,13 +132,13 @@ class RLConfig(Section):
     """The run refuses to start when trainer and engine differ by more than this on average, nats per token."""
     data: TaskSection
     heldout: TaskSection
-    rewards: dict[str, Component]
+    rewards: dict[str, RewardComponent]
     """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys."""
     reward_workers: PositiveInt = 2
     reward_timeout: PositiveFloat = 10.0
     """Seconds one verification may take before its worker is killed and the part scores 0."""
-    advantage: Component = {"type": "group_relative"}
-    loss: Component = {"type": "grpo"}
+    advantage: AdvantageComponent = {}
+    loss: LossComponent = {}
     reference: ReferenceSection = ReferenceSection()
     rollout: RolloutSection
     evaluation: EvaluationSection = EvaluationSection()

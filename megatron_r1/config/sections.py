@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_r1.config.section import Component, Section
+from megatron_r1.config.component import TaskComponent
+from megatron_r1.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -126,7 +127,7 @@ class RolloutSection(Section):
 class TaskSection(Section):
     """[data] / [heldout]: where questions come from."""
 
-    task: Component
+    task: TaskComponent
     """`type` names the task; its other keys are the task's own."""
     template: str = "r1_zero"
     """Prompt template by name (`data/templates.py`), or a text with `{question}` in it."""

@@ -78,11 +78,12 @@ def distinct(task: Task, seed: int, exclude: frozenset[str], repeats: bool) -> I
 
 
 def question(section: TaskSection, name: str, number: str, problem: Problem) -> Question:
-    """`problem` in the section's template; its bare text is kept as `metadata["text"]`."""
+    """`problem` in the section's template; metadata `text` is the bare text, `config` the task's own keys."""
+    own = {key: value for key, value in section.task.items() if key != "type"}
     return Question(
         id=f"{name}-{number}",
         task=section.task["type"],
         prompt=render(section.template, problem.text),
         answer=problem.answer,
-        metadata={**problem.metadata, "text": problem.text},
+        metadata={"config": own, **problem.metadata, "text": problem.text},
     )

@@ -42,9 +42,9 @@ def test_a_config_is_frozen(rl_file: Path) -> None:
         ("--report.console=false", lambda config: config.report.console is False),
         ("--report.wandb=offline", lambda config: config.report.wandb == "offline"),
         ('--rollout.arguments=["--seed=1", "-v"]', lambda config: config.rollout.arguments == ["--seed=1", "-v"]),
-        ("--loss.clip=0.3", lambda config: config.loss["clip"] == 0.3),
+        ("--loss.clip_eps=0.3", lambda config: config.loss["clip_eps"] == 0.3),
         ("--rewards.format.type=format", lambda config: config.rewards["format"] == {"type": "format"}),
-        ("--data.task.sizes={low = 1, high = 2}", lambda config: config.data.task["sizes"] == {"low": 1, "high": 2}),
+        ("--data.task.options={min_terms = 3}", lambda config: config.data.task["options"] == {"min_terms": 3}),
         ("--report.wandb_project=a=b", lambda config: config.report.wandb_project == "a=b"),
     ],
 )

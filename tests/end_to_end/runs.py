@@ -88,6 +88,7 @@ def rl(folder: Path, output: Path, port: int) -> dict[str, Any]:
         "heldout": QUESTIONS,
         "rewards": {
             "accuracy": {"type": "accuracy", "verifier": "task"},
+            "format": {"type": "format"},
             "digits": {"type": "tests.end_to_end.components:Digits"},
         },
         "reward_workers": 1,

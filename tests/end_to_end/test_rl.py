@@ -28,7 +28,10 @@ def test_the_undisturbed_run_learns_something(undisturbed: Path, prepared: Path)
     assert all(row["grad_norm"] > 1e-3 for row in rows(undisturbed))
     assert rows(undisturbed)[-1]["kl"] > 0
     assert weights(undisturbed) != weights(prepared / "base")
-    assert runs.summary(undisturbed)["logprob_difference_mean"] < 1e-5
+    summary = runs.summary(undisturbed)
+    assert summary["logprob_difference_mean"] < 1e-5
+    for name in ("heldout_accuracy_base", "heldout_accuracy_final", "format_rate_base", "format_rate_final"):
+        assert 0 <= summary[name] <= 1
 
 
 class frozen:  # noqa: N801 (reads as a word in a with statement)

@@ -132,6 +132,23 @@ def test_updated_engine_is_bitwise_a_fresh_one(
     assert bits(updated.sample(prompts, n=4, seed=6)) == before
 
 
+def test_two_engines_answer_as_one(models: tuple[Path, Path], reference: Reference, tmp_path: Path) -> None:
+    """Order of the prompts, an engine without a share, and an update of both."""
+    section = rollout_section(free_port()).model_copy(update={"engines": 2})
+    with Fleet(section, models[0], tmp_path, "float32", decode) as fleet:
+        assert len(vllm_processes(fleet)) >= 2
+        for count in (5, 1):
+            prompts = make_prompts(count, seed=4)
+            groups = fleet.sample(prompts, n=2, seed=1)
+            assert [len(group) for group in groups] == [2] * count
+            assert difference(reference, models[0], prompts, groups, 1.0).mean() <= 1e-5
+        fleet.update_weights(models[1] / "model.safetensors", version=7)
+        prompts = make_prompts(4, seed=5)
+        groups = fleet.sample(prompts, n=2, seed=2)
+        assert {sample.weight_version for group in groups for sample in group} == {7}
+        assert difference(reference, models[1], prompts, groups, 1.0).mean() <= 1e-5
+
+
 def test_port_in_use_is_named(fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], tmp_path: Path) -> None:
     port = fleets[0].section.port
     with pytest.raises(EngineError, match=f"port {port} .*in use.*rollout.port"):

@@ -50,7 +50,7 @@ class ReasoningGym:
             text=entry["question"].strip(),
             # A few datasets accept any valid answer and have no reference one.
             answer="" if entry["answer"] is None else str(entry["answer"]),
-            metadata={"config": self.config.model_dump(mode="json"), "entry": entry},
+            metadata={"entry": entry},
         )
 
     def verify(self, question: Question, answer: str) -> float:

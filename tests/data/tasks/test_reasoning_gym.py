@@ -27,7 +27,9 @@ def test_random_access_is_deterministic_and_the_reference_answer_is_right(name: 
     task = build(name)
     problem = task.problem(seed=3, index=2 * BLOCK + 5)
     assert build(name).problem(seed=3, index=2 * BLOCK + 5) == problem
-    asked = question(TaskSection(task={"type": "reasoning_gym"}, template="{question}"), name, "0", problem)
+    asked = question(
+        TaskSection(task={"type": "reasoning_gym", "dataset": name}, template="{question}"), name, "0", problem
+    )
     carried = json.loads(json.dumps(asked.metadata))
     assert component.build("task", {"type": asked.task, **carried["config"]}).verify(asked, problem.answer) == 1.0
     assert task.verify(asked, "certainly not") < 1.0

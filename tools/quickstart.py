@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,8 +36,8 @@ def main() -> int:
     """Run what is not done yet. Returns the exit code of the first verb that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     times = OUTPUT / "seconds.json"
-    record = json.loads(times.read_text()) if times.exists() else {"seconds": {}, "peak": 0}
-    seconds = record["seconds"]
+    record: dict[str, Any] = json.loads(times.read_text()) if times.exists() else {"seconds": {}, "peak": 0}
+    seconds: dict[str, float] = record["seconds"]
     with PeakMemory(record["peak"]) as memory:
         for verb, name in VERBS.items():
             if verb in DONE and (OUTPUT / DONE[verb] / "summary.json").exists():

@@ -69,7 +69,7 @@ def pretraining(config: RLConfig, vocab: int, rows: int, microbatches: int) -> t
         text = torch.randint(3, vocab, (rows, length + 1), device=device())
         tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         total = rows * length * microbatches
-        ours.append(from_rows(tokens, labels, torch.ones_like(labels), total))
+        ours.append(from_rows(tokens, labels, total))
         bare.append((tokens, labels, torch.full(tokens.shape, 1 / total, device=tokens.device)))
     return ours, bare
 

@@ -98,7 +98,7 @@ def write_and_read(size: int) -> Callable[[], float]:
         with tempfile.NamedTemporaryFile(dir=SHARED_MEMORY) as file:
             file.write(data)
             file.seek(0)
-            file.readinto(target)  # type: ignore[attr-defined]
+            file.readinto(target)
 
     return lambda: seconds(work)
 

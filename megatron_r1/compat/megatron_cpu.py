@@ -49,6 +49,8 @@ SILENCED = [
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.* is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 ]
 """Upstream warnings that the user of a CPU run can do nothing about."""
 

@@ -1,17 +1,39 @@
-"""Components by name: a built-in's short name, or `package.module:Name` for a user's own."""
+"""Components by name: a built-in's short name; `package.module:Name` or `folder/file.py:Name` for a user's own."""
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron_r1.errors import ConfigError, nearest
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "task": {
+        "code": "megatron_r1.data.tasks.code:Code",
+        "general": "megatron_r1.data.tasks.general:General",
+        "human_eval": "megatron_r1.data.tasks.human_eval:HumanEval",
+        "logic": "megatron_r1.data.tasks.logic:Logic",
+        "math": "megatron_r1.data.tasks.math:Math",
+        "mixture": "megatron_r1.data.tasks.mixture:Mixture",
         "reasoning_gym": "megatron_r1.data.tasks.reasoning_gym:ReasoningGym",
+        "stem": "megatron_r1.data.tasks.stem:Stem",
     },
     "reward": {
         "accuracy": "megatron_r1.reward.accuracy:Accuracy",
+        "code": "megatron_r1.reward.code:Code",
+        "code_format": "megatron_r1.reward.code_format:CodeFormat",
+        "cosine": "megatron_r1.reward.cosine:Cosine",
         "format": "megatron_r1.reward.format:Format",
+        "language_consistency": "megatron_r1.reward.language_consistency:LanguageConsistency",
+        "length": "megatron_r1.reward.length:Length",
+        "multiple_choice": "megatron_r1.reward.multiple_choice:MultipleChoice",
+        "reasoning_steps": "megatron_r1.reward.reasoning_steps:ReasoningSteps",
+        "repetition_penalty": "megatron_r1.reward.repetition_penalty:RepetitionPenalty",
+        "soft_overlong_punishment": "megatron_r1.reward.soft_overlong_punishment:SoftOverlongPunishment",
+        "tag_count": "megatron_r1.reward.tag_count:TagCount",
+        "task": "megatron_r1.reward.task:TaskVerifier",
     },
     "advantage": {
         "group_relative": "megatron_r1.advantage.group_relative:GroupRelative",
@@ -30,7 +52,7 @@ def resolve(kind: str, name: str) -> Any:
 
     Args:
         kind: one of the keys of `BUILT_IN`.
-        name: a built-in's name, or `package.module:Name`.
+        name: a built-in's name, `package.module:Name`, or `folder/file.py:Name`.
 
     Raises:
         ConfigError: no such built-in (the nearest is named), or the import fails.
@@ -40,10 +62,28 @@ def resolve(kind: str, name: str) -> Any:
     if ":" not in target:
         raise ConfigError(
             f"no {kind} is called {name!r}{nearest(name, built_in)}; "
-            f"built in: {', '.join(sorted(built_in))}; your own is named 'package.module:Name'"
+            f"built in: {', '.join(sorted(built_in))}; your own is named 'package.module:Name' or 'folder/file.py:Name'"
         )
-    module, _, attribute = target.partition(":")
+    module, _, attribute = target.rpartition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        return getattr(loaded, attribute)
+    except (ImportError, AttributeError, ValueError, OSError, SyntaxError) as error:
         raise ConfigError(f"{kind} {name!r} cannot be imported: {error}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file that is on no import path; loaded once."""
+    name = f"megatron_r1_file:{path.resolve()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -29,6 +29,8 @@ class Question:
     answer: str
     """Reference answer."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    rewards: tuple[str, ...] | None = None
+    """Names in the run's [rewards] that score it; None = all."""
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Sample:
     """Each reward part by name, before weighting; None = not applicable."""
     reward: float = 0.0
     """Weighted sum of the parts."""
+    correct: bool | None = None
+    """Whether the answer is right; None where no reward of the question judges that."""
     advantage: float = 0.0
 
 

@@ -8,6 +8,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on busy cores cost many times what they gain
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--component",
+        action="append",
+        default=[],
+        metavar="FILE.py:NAME",
+        help="run tests/contracts on this task or reward instead of the built-in ones; may be repeated",
+    )
+
+
 RL_FILE = """
 output = "runs/rl"
 steps = 3
@@ -27,7 +37,7 @@ type = "reasoning_gym"
 dataset = "chain_sum"
 
 [rewards.accuracy]
-type = "accuracy"
+type = "task"
 
 [rollout]
 max_model_len = 64

@@ -135,6 +135,6 @@ def test_a_dry_run_shows_and_checks_components(rl_file: Path) -> None:
     resolved = tomllib.loads(megatron_r1("rl", rl_file, "--dry-run").stdout)
     assert resolved["advantage"] == {"type": "group_relative", "std": "population", "eps": 0.0}
     assert resolved["loss"]["kl_coef"] == 0.001
-    assert resolved["rewards"]["accuracy"]["verifier"] == "task"
+    assert resolved["rewards"]["accuracy"]["partial_credit"] is False
     wrong = megatron_r1("rl", rl_file, "--dry-run", "--loss.type=grpo", "--loss.kl_coeff=0.1")
     assert_refused(wrong, "unknown key 'kl_coeff', did you mean 'kl_coef'")

@@ -41,6 +41,23 @@ def test_own_component(own_module: str) -> None:
     assert section == {"type": f"{own_module}:Brevity", "limit": 3}
 
 
+def test_own_component_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "anywhere" / "rewards.py"
+    file.parent.mkdir()
+    file.write_text(OWN_REWARD)
+    first = resolve("reward", f"{file}:Brevity")
+    assert build("reward", {"type": f"{file}:Brevity", "limit": 3}).config.limit == 3
+    assert resolve("reward", f"{file}:Brevity") is first
+    with pytest.raises(ConfigError, match=r"cannot be imported: .*No such file"):
+        resolve("reward", f"{tmp_path}/nowhere.py:Brevity")
+    with pytest.raises(ConfigError, match=r"cannot be imported: .*Levity"):
+        resolve("reward", f"{file}:Levity")
+    file.with_name("broken.py").write_text("def f(:")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="cannot be imported: invalid syntax"):
+            resolve("reward", f"{tmp_path}/anywhere/broken.py:Brevity")
+
+
 def test_unknown_option_names_the_nearest(own_module: str) -> None:
     with pytest.raises(
         ConfigError, match=r"reward 'my_lab_rewards:Brevity': unknown key 'limits', did you mean 'limit'"
@@ -50,7 +67,7 @@ def test_unknown_option_names_the_nearest(own_module: str) -> None:
 
 def test_unknown_name_names_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match=r"no reward is called 'acuracy', did you mean 'accuracy'\?.*accuracy, format"
+        ConfigError, match=r"no reward is called 'acuracy', did you mean 'accuracy'\?.*code_format, cosine, format"
     ):
         resolve("reward", "acuracy")
 

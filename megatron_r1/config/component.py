@@ -36,6 +36,11 @@ def complete(kind: str, section: dict[str, Any], default: str | None = None) -> 
     return {**section, **config.model_dump(mode="json", exclude_none=True)}
 
 
+def default_rewards(task: dict[str, Any]) -> dict[str, Any]:
+    """The [rewards] of a run over this task that names none: what the task itself is scored by."""
+    return {name: dict(section) for name, section in build("task", task).default_rewards.items()}
+
+
 def _resolve(kind: str, section: dict[str, Any]) -> tuple[Any, BaseModel]:
     options = dict(section)
     name = options.pop("type", None)

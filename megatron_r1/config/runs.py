@@ -1,10 +1,25 @@
 """One config class for each verb: what its run file may hold."""
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from megatron_r1.config.component import AdvantageComponent, LossComponent, RewardComponent, TaskComponent
+from megatron_r1.config.component import (
+    AdvantageComponent,
+    LossComponent,
+    RewardComponent,
+    TaskComponent,
+    default_rewards,
+)
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import (
     CheckpointSection,
@@ -132,8 +147,9 @@ class RLConfig(Section):
     """The run refuses to start when trainer and engine differ by more than this on average, nats per token."""
     data: TaskSection
     heldout: TaskSection
-    rewards: dict[str, RewardComponent]
-    """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys."""
+    rewards: dict[str, RewardComponent] = {}
+    """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys. Default: what the task of
+    [data] is usually scored by."""
     reward_workers: PositiveInt = 2
     reward_timeout: PositiveFloat = 10.0
     """Seconds one verification may take before its worker is killed and the part scores 0."""
@@ -148,6 +164,12 @@ class RLConfig(Section):
     report: ReportSection = ReportSection()
     seed: int = 0
 
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
+        data = info.data.get("data")  # missing where [data] itself is wrong
+        return default_rewards(data.task) if not rewards and data else rewards
+
     @model_validator(mode="after")
     def _consistent(self) -> "RLConfig":
         if self.group_size < 2:
@@ -161,5 +183,5 @@ class RLConfig(Section):
                 f"do not divide into {self.minibatches} minibatches"
             )
         if not self.rewards:
-            raise ValueError("[rewards] is empty: name at least one")
+            raise ValueError("[rewards] is empty, and the task of [data] names no rewards: name at least one")
         return self

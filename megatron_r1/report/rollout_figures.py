@@ -10,10 +10,11 @@ from megatron_r1.types import Group
 def rollout_figures(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all samples.
 
-    `reward` is the weighted sum; `reward/<name>` its parts, over the samples they apply to; `accuracy` and
-    `format` repeat the parts of that name. `response_length` is in tokens, `reflective_words` per 1000
-    responses, `truncated` the share cut at the length limit, `uniform_groups` the share of questions whose
-    samples all got the same reward and so teach nothing.
+    `reward` is the weighted sum; `reward/<name>` its parts, over the samples they apply to; `accuracy` the share of
+    right answers among those that could be judged, and `format` repeats the part of that name. `response_length` is
+    in tokens, `reflective_words` per 1000 responses, `truncated` the share cut at the length limit,
+    `uniform_groups` the share of questions whose samples all got the same reward and so teach nothing. Of a mixture
+    of tasks `accuracy/<member>` is that of one member's questions.
     """
     samples = [sample for group in groups for sample in group.samples]
     figures = {
@@ -27,9 +28,19 @@ def rollout_figures(groups: Sequence[Group]) -> dict[str, float]:
         parts = [value for sample in samples if (value := sample.rewards[name]) is not None]
         if parts:
             figures[f"reward/{name}"] = fmean(parts)
-            if name in ("accuracy", "format"):
+            if name == "format":
                 figures[name] = fmean(parts)
-    return figures
+    return figures | _accuracies(groups)
+
+
+def _accuracies(groups: Sequence[Group]) -> dict[str, float]:
+    judged: dict[str, list[bool]] = {}
+    for group in groups:
+        verdicts = [sample.correct for sample in group.samples if sample.correct is not None]
+        member = group.question.metadata.get("member")
+        for name in ("accuracy", f"accuracy/{member}") if member else ("accuracy",):
+            judged.setdefault(name, []).extend(verdicts)
+    return {name: fmean(verdicts) for name, verdicts in judged.items() if verdicts}
 
 
 def throughput(groups: Sequence[Group], seconds: float) -> dict[str, float]:
@@ -41,4 +52,5 @@ def heldout_figures(groups: Sequence[Group]) -> dict[str, float]:
     """The same figures under the names of an evaluation: `heldout_accuracy`, `heldout_format` ..."""
     figures = rollout_figures(groups)
     chosen = {"accuracy": "accuracy", "format": "format", "reward": "reward", "response_length": "length"}
+    chosen |= {name: name for name in figures if name.startswith("accuracy/")}
     return {f"heldout_{name}": figures[key] for key, name in chosen.items() if key in figures}

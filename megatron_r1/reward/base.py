@@ -1,25 +1,38 @@
 """What a reward is: one number for each sample of a group."""
 
-from typing import Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 from megatron_r1.config.section import Section
 from megatron_r1.types import Group
 
 
-class Reward(Protocol):
+class Reward(ABC):
     """Scores the samples of one question.
 
-    A section of [rewards] names it by `type`; `weight` belongs to the `Judge`, the other keys fill `Config`.
+    A section of [rewards] names a subclass by `type`; `weight` belongs to the `Judge`, the other keys fill `Config`.
     """
 
-    Config: ClassVar[type[Section]]
-    isolated: ClassVar[bool]
+    class Config(Section):
+        """The reward's own keys of its section; a subclass with keys defines its own."""
+
+    isolated: ClassVar[bool] = False
     """True for code that may hang or crash on what a policy writes. It then runs in a worker process that is
     killed at the time limit, and is called with one sample at a time, so that a bad one takes no other with it;
     that sample has its text but neither tokens nor logprobs."""
+    judges_correctness: ClassVar[bool] = False
+    """True when a score of 1.0 or more means that the answer is right; `sample.correct` says so."""
+    needs_correctness: ClassVar[bool] = False
+    """True for a reward that reads `sample.correct`: it is called after those that judge it."""
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
+    @property
+    def deadline(self) -> float | None:
+        """Seconds that one sample may take where this reward knows better than the run's `reward_timeout`."""
+        return None
+
+    @abstractmethod
     def __call__(self, group: Group) -> list[float | None]:
         """One score a sample; None where the reward does not apply, which leaves it out of the sum. [samples]"""
-        ...

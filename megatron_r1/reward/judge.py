@@ -1,7 +1,8 @@
 """The judge: every reward of every sample, and their weighted sum.
 
-Rewards that only look at a text run here. Those that run a verifier on what the policy wrote (`isolated`)
-go to worker processes; one that hangs or kills its worker scores 0, and no other sample suffers for it.
+A group is scored as soon as it is handed in, while others are still being generated. Rewards that only look at a
+text run here. Those that run a verifier on what the policy wrote (`isolated`) go to worker processes; one that hangs
+or kills its worker scores 0, and no other sample suffers for it.
 """
 
 import logging
@@ -9,31 +10,32 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Self
 
 from megatron_r1.config import component
 from megatron_r1.config.section import Component
-from megatron_r1.errors import ConfigError
+from megatron_r1.errors import ConfigError, nearest
 from megatron_r1.reward.base import Reward
 from megatron_r1.reward.verifiers import Verifiers
 from megatron_r1.reward.worker import Call, Verdict
-from megatron_r1.types import Group, Sample
+from megatron_r1.types import Group, Question, Sample
 
-_CHUNK = 64
-"""Samples sent to a worker at once: a step costs few messages, and workers share the load evenly."""
+_CHUNK = 16
+"""Samples sent to a worker at once: messages stay few, and workers share a group evenly."""
 
 log = logging.getLogger(__name__)
 
 
 class Judge:
-    """Fills `sample.rewards` and `sample.reward`.
+    """Fills `sample.rewards`, `sample.correct` and `sample.reward`; a context manager.
 
     Args:
         rewards: the run file's [rewards]: name -> section with `type`, `weight` (1.0) and the reward's own keys.
         tasks: sections of the tasks whose verifiers will be needed; workers load them before they start.
         workers: processes for isolated rewards.
-        timeout: seconds that one verification may take.
+        timeout: seconds that one verification may take, unless its reward has a `deadline` of its own.
 
     Raises:
         ConfigError: unknown reward or key, or a weight that is not a number.
@@ -48,18 +50,19 @@ class Judge:
     ) -> None:
         self.weights = {name: _weight(name, section) for name, section in rewards.items()}
         sections = {name: {k: v for k, v in section.items() if k != "weight"} for name, section in rewards.items()}
-        self._rewards: dict[str, Reward] = {name: component.build("reward", s) for name, s in sections.items()}
+        self._rewards = {name: _build(name, section) for name, section in sections.items()}
         self._isolated = {name: s for name, s in sections.items() if self._rewards[name].isolated}
+        self._limits = {name: self._rewards[name].deadline or timeout for name in self._isolated}
         self._tasks = list(tasks)
         self._workers = workers
-        self._timeout = timeout
         self._verifiers: Verifiers | None = None
+        self._submitted: list[_Submitted] = []
         self.counters: Counter[str] = Counter(verifier_timeouts=0, verifier_crashes=0)
         """Verifications that scored 0 because they ran past the time limit, or died or raised."""
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> Self:
         if self._isolated:
-            self._verifiers = Verifiers(self._isolated, self._tasks, self._workers, self._timeout)
+            self._verifiers = Verifiers(self._isolated, self._tasks, self._workers, self._limits)
             for _ in range(self._workers):  # have the processes ready by the time they are needed
                 self._verifiers.submit([])
         return self
@@ -72,51 +75,63 @@ class Judge:
             self._verifiers = None
 
     def __call__(self, groups: Sequence[Group]) -> None:
-        """Score all samples of `groups` in place.
+        """Score all samples of `groups` in place; `submit` and `finish` in one."""
+        for group in groups:
+            self.submit(group)
+        self.finish()
+
+    def submit(self, group: Group) -> None:
+        """Begin to score a complete group.
+
+        Raises:
+            ConfigError: its question names a reward that the run does not have, or a reward returns what is no score.
+        """
+        names = self._applicable(group.question)
+        for sample in group.samples:
+            sample.rewards = dict.fromkeys(self._rewards)
+        # Workers verify while the other rewards are computed here.
+        calls = list(_chunks(group, [name for name in names if name in self._isolated]))
+        self._submitted.append(_Submitted(group, names, [(chunk, self._send(chunk)) for chunk in calls]))
+        for name in names:
+            if name not in self._isolated and not self._rewards[name].needs_correctness:
+                self._store(name, group.samples, self._rewards[name](group))
+
+    def finish(self) -> None:
+        """Wait until all that was submitted is scored.
 
         Raises:
             ConfigError: a question names a task that cannot be built, or a reward returns what is no score.
-            EngineError: a worker process does not start.
+            EngineError: a worker process or a sandbox does not work.
         """
-        # Workers verify while the other rewards are computed here.
-        pending = [(chunk, self._submit(chunk)) for chunk in self._chunks(groups)]
-        for group in groups:
-            for name, reward in self._rewards.items():
-                if name not in self._isolated:
-                    _store(name, group.samples, reward(group))
-        for chunk, future in pending:
-            self._collect(chunk, future.result())
-        for group in groups:
-            for sample in group.samples:
+        submitted, self._submitted = self._submitted, []
+        for part in submitted:
+            for chunk, future in part.pending:
+                self._collect(chunk, future.result())
+            for name in part.names:
+                if self._rewards[name].needs_correctness:
+                    self._store(name, part.group.samples, self._rewards[name](part.group))
+            for sample in part.group.samples:
                 sample.reward = self._weighted_sum(sample)
 
+    def _applicable(self, question: Question) -> list[str]:
+        """The rewards that score this question, in the order of [rewards]."""
+        if question.rewards is None:
+            return list(self._rewards)
+        for name in question.rewards:
+            if name not in self._rewards:
+                raise ConfigError(
+                    f"question {question.id} is scored by {name!r}{nearest(name, self._rewards)}, which [rewards] does "
+                    f"not have (it has {', '.join(self._rewards)}); set the task's `rewards` to names of [rewards]"
+                )
+        return [name for name in self._rewards if name in question.rewards]
+
     def _weighted_sum(self, sample: Sample) -> float:
-        parts = ((self.weights[name], sample.rewards[name]) for name in self.weights)
+        parts = ((self.weights[name], value) for name, value in sample.rewards.items())
         return sum(weight * value for weight, value in parts if value is not None)
 
-    def _chunks(self, groups: Sequence[Group]) -> Iterator[list[Call]]:
-        """The isolated verifications of `groups`, at most `_CHUNK` samples together."""
-        chunk: list[Call] = []
-        room = _CHUNK
-        for name in self._isolated:
-            for group in groups:
-                for start in range(0, len(group.samples), _CHUNK):
-                    part = replace(group, samples=group.samples[start : start + _CHUNK])
-                    if len(part.samples) > room:
-                        yield chunk
-                        chunk, room = [], _CHUNK
-                    chunk.append((name, part))
-                    room -= len(part.samples)
-        if chunk:
-            yield chunk
-
-    def _submit(self, calls: list[Call]) -> "Future[list[Verdict]]":
+    def _send(self, calls: list[Call]) -> "Future[list[Verdict]]":
         assert self._verifiers is not None, "a judge with isolated rewards works inside its `with` block"
-        slim = [
-            (name, Group(group.question, [], [replace(s, tokens=[], logprobs=[], rewards={}) for s in group.samples]))
-            for name, group in calls
-        ]
-        return self._verifiers.submit(slim)
+        return self._verifiers.submit(calls)
 
     def _collect(self, calls: list[Call], verdicts: list[Verdict]) -> None:
         samples = [(name, group.question, sample) for name, group in calls for sample in group.samples]
@@ -124,16 +139,42 @@ class Judge:
             if verdict.error is not None:
                 self.counters["verifier_timeouts" if verdict.timed_out else "verifier_crashes"] += 1
                 log.warning("reward %r of question %s scores 0: %s", name, question.id, verdict.error)
-            _store(name, [sample], [verdict.score if verdict.error is None else 0.0])
+            self._store(name, [sample], [verdict.score if verdict.error is None else 0.0])
+
+    def _store(self, name: str, samples: Sequence[Sample], values: Sequence[float | None]) -> None:
+        if len(values) != len(samples):
+            raise ConfigError(f"reward {name!r} returned {len(values)} scores for {len(samples)} samples")
+        for sample, value in zip(samples, values, strict=True):
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"reward {name!r} returned {value}; a score is a finite number or None")
+            sample.rewards[name] = value
+            if value is not None and self._rewards[name].judges_correctness:
+                sample.correct = value >= 1.0 and sample.correct is not False
 
 
-def _store(name: str, samples: Sequence[Sample], values: Sequence[float | None]) -> None:
-    if len(values) != len(samples):
-        raise ConfigError(f"reward {name!r} returned {len(values)} scores for {len(samples)} samples")
-    for sample, value in zip(samples, values, strict=True):
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"reward {name!r} returned {value}; a score is a finite number or None")
-        sample.rewards[name] = value
+@dataclass
+class _Submitted:
+    """A group that is being scored."""
+
+    group: Group
+    names: list[str]
+    pending: list[tuple[list[Call], "Future[list[Verdict]]"]]
+
+
+def _chunks(group: Group, names: Sequence[str]) -> Iterator[list[Call]]:
+    """The isolated verifications of a group, a few samples together; the samples stay the group's own."""
+    for name in names:
+        for start in range(0, len(group.samples), _CHUNK):
+            yield [(name, replace(group, samples=group.samples[start : start + _CHUNK]))]
+
+
+def _build(name: str, section: Component) -> Reward:
+    reward = component.build("reward", section)
+    if not isinstance(reward, Reward):
+        raise ConfigError(f"rewards.{name}: {section['type']} is not a subclass of megatron_r1.reward.base.Reward")
+    if reward.isolated and reward.needs_correctness:
+        raise ConfigError(f"rewards.{name}: a reward cannot both be `isolated` and need `sample.correct`")
+    return reward
 
 
 def _weight(name: str, section: Component) -> float:

@@ -1,8 +1,19 @@
-"""How a response is laid out: `<think>` reasoning `</think>` `<answer>` answer `</answer>`."""
+"""How a response is laid out: `<think>` reasoning `</think>`, then `<answer>` answer `</answer>` or free text."""
 
 import re
+from typing import Literal
+
+from megatron_r1.types import Question, Sample
+
+Layout = Literal["tags", "after_think"]
+"""What follows the reasoning: `tags` = one `<answer>` block (R1-Zero), `after_think` = free text (DeepSeek-R1 and the
+models distilled from it)."""
+AnswerIn = Literal["tags", "after_think", "anywhere"]
+"""Where the answer is looked for: by the layout, or `anywhere` = as `after_think`, and in all of a response that does
+not reason in tags. That is for evaluating models that were not trained to."""
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
+_OPEN = "<think>"
 
 
 def segments(text: str) -> list[str]:
@@ -10,16 +21,34 @@ def segments(text: str) -> list[str]:
     return _TAG.split(text)
 
 
-def extract_answer(text: str) -> str | None:
-    """What stands in the last `<answer>` pair that follows a closed think block, or None without such a pair."""
-    parts = segments(text)
-    tags, inner = parts[1::2], parts[2::2]
-    answer, opened, thought = None, False, False
-    for number, tag in enumerate(tags):
-        if tag == "<think>":
-            opened, thought = True, False
-        elif tag == "</think>":
-            thought = opened
-        elif tag == "<answer>" and thought and tags[number + 1 : number + 2] == ["</answer>"]:
-            answer = inner[number].strip()
-    return answer
+def response(question: Question, sample: Sample) -> str:
+    """The sample's text, with the `<think>` that a template already put at the end of the prompt."""
+    return _OPEN + sample.text if question.prompt.rstrip().endswith(_OPEN) else sample.text
+
+
+def split_reasoning(text: str) -> tuple[str | None, str | None]:
+    """Reasoning and what follows it: `(None, None)` without `<think>`, `(reasoning, None)` where it never closes.
+
+    The reasoning ends at the first `</think>`, so nothing behind it can be counted twice.
+    """
+    _, opened, rest = text.partition(_OPEN)
+    if not opened:
+        return None, None
+    reasoning, closed, after = rest.partition("</think>")
+    return reasoning, after if closed else None
+
+
+def extract_answer(text: str, where: AnswerIn = "tags") -> str | None:
+    """The final answer, or None where the response has none or more than one.
+
+    It is never looked for inside the reasoning, and a response that thinks again after it has none.
+    """
+    reasoning, after = split_reasoning(text)
+    if where == "anywhere" and reasoning is None:
+        after = text
+    if after is None:
+        return None
+    parts = segments(after)
+    if where != "tags":
+        return None if {"<think>", "</think>"} & set(parts[1::2]) else after.strip() or None
+    return parts[2].strip() if parts[1::2] == ["<answer>", "</answer>"] else None

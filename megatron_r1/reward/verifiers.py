@@ -20,6 +20,7 @@ from typing import Any
 from megatron_r1.config.section import Component
 from megatron_r1.errors import EngineError, UserError
 from megatron_r1.reward.worker import Call, Ready, Verdict, serve
+from megatron_r1.types import Group
 
 # Spawned, not forked: the trainer's process holds threads and device state.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -34,12 +35,14 @@ class Verifiers:
         rewards: sections of the rewards, without `weight`.
         tasks: sections of the tasks that each worker loads before its first request.
         workers: how many processes.
-        timeout: seconds one sample may take.
+        limits: seconds that one sample may take with each reward.
     """
 
-    def __init__(self, rewards: dict[str, Component], tasks: Sequence[Component], workers: int, timeout: float) -> None:
+    def __init__(
+        self, rewards: dict[str, Component], tasks: Sequence[Component], workers: int, limits: dict[str, float]
+    ) -> None:
         self._closed = threading.Event()
-        self._workers = [_Worker(rewards, tasks, timeout, self._closed) for _ in range(workers)]
+        self._workers = [_Worker(rewards, tasks, limits, self._closed) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -70,10 +73,14 @@ class _Worker:
     """One process and the connection to it; started when needed, replaced when killed."""
 
     def __init__(
-        self, rewards: dict[str, Component], tasks: Sequence[Component], timeout: float, closed: threading.Event
+        self,
+        rewards: dict[str, Component],
+        tasks: Sequence[Component],
+        limits: dict[str, float],
+        closed: threading.Event,
     ) -> None:
         self._sections = (rewards, tasks)
-        self._timeout = timeout
+        self._limits = limits
         self._closed = closed
         self._process: SpawnProcess | None = None
         self._connection: Connection
@@ -85,7 +92,11 @@ class _Worker:
             ConfigError: what the worker met is a mistake in the run file.
             EngineError: the worker does not start, or the judge was closed.
         """
-        singles = [(name, replace(group, samples=[sample])) for name, group in calls for sample in group.samples]
+        singles = [
+            (name, Group(group.question, [], [replace(sample, tokens=[], logprobs=[], rewards={})]))
+            for name, group in calls
+            for sample in group.samples
+        ]
         verdicts: list[Verdict] = []
         self._ensure_running()
         while len(verdicts) < len(singles):
@@ -93,10 +104,11 @@ class _Worker:
             try:
                 self._connection.send(singles[len(verdicts) :])
                 while len(verdicts) < len(singles):
-                    verdicts.append(self._receive(self._timeout))
+                    limit = self._limits[singles[len(verdicts)][0]]
+                    verdicts.append(self._receive(limit))
             except TimeoutError:
                 self.kill()
-                verdicts.append(Verdict(None, error=f"no verdict in {self._timeout:g} s", timed_out=True))
+                verdicts.append(Verdict(None, error=f"no verdict in {limit:g} s", timed_out=True))
             except (EOFError, OSError):
                 code = self.kill()
                 verdicts.append(Verdict(None, error=f"its worker died (exit code {code})"))

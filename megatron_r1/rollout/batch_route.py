@@ -12,19 +12,21 @@ Request, all lists of one length or shared by the batch::
     {"prompts": [[1, 5, 7], ...], "seeds": [[11, 12], [21, 22], ...], "temperature": 1.0, "top_p": 1.0,
      "max_tokens": [64, ...], "stop_token_ids": [2]}
 
-Answer: one object for each seed of each prompt::
+Answer: a line of JSON for each prompt as soon as all its responses are there, in any order, with one object for each
+seed; a line with an `error` instead if something went wrong::
 
-    {"responses": [[{"tokens": [8, 2], "logprobs": [-0.5, -0.1], "finish_reason": "stop", "weight_versions": ["0"]},
-                    ...], ...]}
+    {"prompt": 0, "responses": [{"tokens": [8, 2], "logprobs": [-0.5, -0.1], "finish_reason": "stop",
+                                 "weight_versions": ["0"]}, ...]}
 """
 
 import asyncio
 import json
 import traceback
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
@@ -49,21 +51,22 @@ class BatchRoute:
             await self.app(scope, receive, send)
             return
         request = json.loads(await Request(scope, receive).body())
+        lines = self._lines(scope["app"].state.engine_client, request)
+        await StreamingResponse(lines, media_type="application/x-ndjson")(scope, receive, send)
+
+    async def _lines(self, engine: AsyncLLM, request: dict[str, Any]) -> AsyncIterator[str]:
         try:
             async with self.lock:
                 self.batches += 1
-                responses = await sample(scope["app"].state.engine_client, request, f"batch-{self.batches}")
-            content: dict[str, Any] = {"responses": responses}
-            status = 200
+                async for answer in sample(engine, request, f"batch-{self.batches}"):
+                    yield json.dumps(answer) + "\n"
         except Exception as error:  # whatever vLLM raises goes to the trainer, which shows it to the user
             traceback.print_exc()
-            content = {"error": f"{type(error).__name__}: {error}"}
-            status = 500
-        await Response(json.dumps(content), status, media_type="application/json")(scope, receive, send)
+            yield json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n"
 
 
-async def sample(engine: AsyncLLM, request: dict[str, Any], name: str) -> list[list[dict[str, Any]]]:
-    """Queue the whole batch while the scheduler is held, then collect the responses in the order of the request."""
+async def sample(engine: AsyncLLM, request: dict[str, Any], name: str) -> AsyncIterator[dict[str, Any]]:
+    """Queue the whole batch while the scheduler is held, then yield each prompt's responses as they are complete."""
     await engine.pause_generation(mode="keep", clear_cache=True)
     try:
         queued = [
@@ -72,7 +75,17 @@ async def sample(engine: AsyncLLM, request: dict[str, Any], name: str) -> list[l
         ]
     finally:
         await engine.resume_generation()
-    return [[_answer(await _finished(collector)) for collector in group] for group in queued]
+    groups = [asyncio.create_task(_group(index, collectors)) for index, collectors in enumerate(queued)]
+    try:
+        for complete in asyncio.as_completed(groups):
+            yield await complete
+    finally:
+        for group in groups:
+            group.cancel()
+
+
+async def _group(index: int, collectors: list[RequestOutputCollector]) -> dict[str, Any]:
+    return {"prompt": index, "responses": [_answer(await _finished(collector)) for collector in collectors]}
 
 
 async def _queue(engine: AsyncLLM, request: dict[str, Any], index: int, seed: int, name: str) -> RequestOutputCollector:

@@ -1,5 +1,9 @@
 """The HTTP side of one vLLM server: batches of responses, weight updates, health; every call has a deadline."""
 
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +44,8 @@ class Client:
 
     def sample(
         self, prompts: list[list[int]], seeds: list[list[int]], max_tokens: list[int], sampling: Sampling
-    ) -> list[list[dict[str, Any]]]:
-        """One response for each seed of each prompt, as `batch_route.py` answers."""
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Number of a prompt and its responses, one for each seed, as `batch_route.py` answers: as they complete."""
         request = {
             "prompts": prompts,
             "seeds": seeds,
@@ -50,8 +54,22 @@ class Client:
             "top_p": sampling.top_p,
             "stop_token_ids": list(sampling.stop_token_ids),
         }
-        responses: list[list[dict[str, Any]]] = self._call("POST", SAMPLE_PATH, self.timeout, json=request)["responses"]
-        return responses
+        started, answered = time.monotonic(), 0
+        with self._failures(SAMPLE_PATH, self.timeout):
+            with self._http.stream("POST", SAMPLE_PATH, json=request) as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise self._refused(SAMPLE_PATH, response.status_code, response.text)
+                for line in response.iter_lines():
+                    answer = json.loads(line)
+                    if "error" in answer:
+                        raise self._refused(SAMPLE_PATH, httpx.codes.INTERNAL_SERVER_ERROR, answer["error"])
+                    if time.monotonic() - started > self.timeout:
+                        raise httpx.ReadTimeout("the batch as a whole")
+                    answered += 1
+                    yield answer["prompt"], answer["responses"]
+            if answered < len(prompts):
+                raise httpx.RemoteProtocolError(f"{answered} of {len(prompts)} prompts answered")
 
     def update_weights(self, path: Path, version: int) -> None:
         """Follow vLLM's sequence: hold the scheduler, start, load, finish, forget what old weights computed, let go.
@@ -81,13 +99,21 @@ class Client:
         self._http.close()
 
     def _call(self, method: str, path: str, timeout: float, **request: Any) -> dict[str, Any]:
-        try:
+        with self._failures(path, timeout):
             response = self._http.request(method, path, timeout=timeout, **request)
+        if response.status_code != httpx.codes.OK:
+            raise self._refused(path, response.status_code, response.text)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    @contextmanager
+    def _failures(self, path: str, timeout: float) -> Iterator[None]:
+        try:
+            yield
         except httpx.TimeoutException as error:
             raise self.server.failure(f"did not answer {path} within {timeout:g} s") from error
         except httpx.TransportError as error:
             raise self.server.failure(f"died during {path} ({error})") from error
-        if response.status_code != httpx.codes.OK:
-            raise self.server.failure(f"answered {path} with {response.status_code}: {response.text[:500]}")
-        answer: dict[str, Any] = response.json()
-        return answer
+
+    def _refused(self, path: str, status: int, text: str) -> EngineError:
+        return self.server.failure(f"answered {path} with {status}: {text[:500]}")

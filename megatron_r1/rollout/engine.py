@@ -4,7 +4,7 @@ Nothing is ever tokenised again: prompts arrive as ids, responses leave as the i
 only for the rewards to read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,19 @@ class Engine(Protocol):
             DataError: a prompt leaves no room for a response.
             EngineError: the engine died, or did not answer in time.
         """
+        ...
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        seed: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """As `sample`, but each prompt's number and samples as soon as these are complete, in any order."""
         ...
 
     def update_weights(self, path: Path, version: int) -> None:

@@ -3,9 +3,10 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -81,7 +82,23 @@ class Fleet:
         top_p: float | None = None,
         max_tokens: int | None = None,
     ) -> list[list[Sample]]:
-        """See `Engine.sample`. Prompts are dealt out in contiguous shares, one to each server."""
+        """See `Engine.sample`."""
+        answers = dict(
+            self.stream(prompts, n=n, seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+        )
+        return [answers[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        seed: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """See `Engine.stream`. Prompts are dealt out in contiguous shares, one to each server."""
         sampling = Sampling(
             temperature=self.section.temperature if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
@@ -92,15 +109,20 @@ class Fleet:
         # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
         seeds = [[stream_seed(seed, index, sample) for sample in range(n)] for index in range(len(prompts))]
         share = -(-len(prompts) // len(self._clients))
+        arrived: SimpleQueue[tuple[int, list[dict[str, Any]]]] = SimpleQueue()
 
-        def draw(engine: int) -> list[list[dict[str, Any]]]:
+        def draw(engine: int) -> None:
             part = slice(engine * share, (engine + 1) * share)
-            if not prompts[part]:
-                return []
-            return self._clients[engine].sample(list(prompts[part]), seeds[part], room[part], sampling)
+            if prompts[part]:
+                for index, answers in self._clients[engine].sample(
+                    list(prompts[part]), seeds[part], room[part], sampling
+                ):
+                    arrived.put((part.start + index, answers))
 
-        answers = self._gather(draw, range(len(self._clients)))
-        return [[to_sample(answer, self._decode) for answer in group] for part in answers for group in part]
+        futures = [self._threads.submit(draw, engine) for engine in range(len(self._clients))]
+        for _ in prompts:
+            index, answers = self._next(arrived, futures)
+            yield index, [to_sample(answer, self._decode) for answer in answers]
 
     def update_weights(self, path: Path, version: int) -> None:
         """See `Engine.update_weights`; every server reads the same file."""
@@ -150,24 +172,38 @@ class Fleet:
                 time.sleep(POLL_SECONDS)
         logger.info("%d vLLM servers ready after %.1f s", len(self._clients), time.monotonic() - started)
 
-    def _on_all(self, call: Callable[[Client], None]) -> None:
-        self._gather(call, self._clients)
-
-    def _gather(self, call: Callable[[Any], T], over: Sequence[Any]) -> list[T]:
-        """`call` for each element at once; the first failure is raised without waiting for the others.
+    def _next(self, arrived: "SimpleQueue[T]", futures: Sequence["Future[None]"]) -> T:
+        """What arrives next; a failure of any server is raised without waiting for the others.
 
         A server whose engine has died may hold its connections open for ever, so health is asked for meanwhile.
         """
-        futures = [self._threads.submit(call, element) for element in over]
+        asked = time.monotonic()
+        while True:
+            try:
+                return arrived.get(timeout=POLL_SECONDS)
+            except Empty:
+                for future in futures:
+                    if future.done():
+                        future.result()
+            if time.monotonic() - asked > HEALTH_SECONDS:
+                asked = time.monotonic()
+                self._check_answering()
+
+    def _on_all(self, call: Callable[[Client], None]) -> None:
+        """`call` for each server at once; the first failure is raised without waiting for the others."""
+        futures = [self._threads.submit(call, client) for client in self._clients]
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, HEALTH_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-            for client in self._clients if not done else []:
-                if client.lost():
-                    raise client.server.failure("has died")
-        return [future.result() for future in futures]
+            if not done:
+                self._check_answering()
+
+    def _check_answering(self) -> None:
+        for client in self._clients:
+            if client.lost():
+                raise client.server.failure("has died")
 
 
 def stop_token_ids(model: Path) -> tuple[int, ...]:

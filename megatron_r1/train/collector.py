@@ -14,6 +14,7 @@ from megatron_r1.model.parallel import from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.scoring import scored_groups
 from megatron_r1.types import Group, Question
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 
@@ -73,17 +74,14 @@ class Collector:
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
-        with self._report.phase("rollout"):
-            answers = self._fleet.sample(prompts, n=n, seed=seed, temperature=temperature)
-        stale = {sample.weight_version for group in answers for sample in group} - {self._version}
+        stream = self._fleet.stream(prompts, n=n, seed=seed, temperature=temperature)
+        groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
+        stale = {sample.weight_version for group in groups for sample in group.samples} - {self._version}
         if stale:
             raise EngineError(f"samples come from weights {sorted(stale)}, but {self._version} was pushed last")
-        groups = [Group(*parts) for parts in zip(questions, prompts, answers, strict=True)]
-        with self._report.phase("reward"):
-            self._judge(groups)
         return groups
 
     @property
     def counters(self) -> dict[str, int]:
-        """Verifications that timed out or crashed so far."""
+        """Verifications that timed out or crashed since this process began."""
         return dict(self._judge.counters) if is_first_rank() else {}

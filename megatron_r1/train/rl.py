@@ -49,6 +49,7 @@ def run(config: RLConfig) -> dict[str, Any]:
         collector.push(learner.export(), version=start)
         if not start:
             carried = {f"{name}_base": value for name, value in learner.evaluate(collector, report, 0).items()}
+        earlier = dict(carried)
         for step in range(start, config.steps):
             done = step + 1
             if step and config.evaluation.every and step % config.evaluation.every == 0:
@@ -70,7 +71,9 @@ def run(config: RLConfig) -> dict[str, Any]:
                 if learner.reference and learner.reference.refresh(done):
                     report.message(f"reference := policy after step {done}")
                 report.add(figures)
-                report.set({name: float(count) for name, count in collector.counters.items()})
+                counters = {name: earlier.get(name, 0.0) + count for name, count in collector.counters.items()}
+                report.set(counters)
+                carried |= counters
             report.samples(step, groups[:1], "train")
             if checkpoints.due(done, config.steps):
                 with report.phase("checkpoint"):

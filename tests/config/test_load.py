@@ -43,7 +43,7 @@ def test_a_config_is_frozen(rl_file: Path) -> None:
         ("--report.wandb=offline", lambda config: config.report.wandb == "offline"),
         ('--rollout.arguments=["--seed=1", "-v"]', lambda config: config.rollout.arguments == ["--seed=1", "-v"]),
         ("--loss.clip_eps=0.3", lambda config: config.loss["clip_eps"] == 0.3),
-        ("--rewards.format.type=format", lambda config: config.rewards["format"] == {"type": "format"}),
+        ("--rewards.format.type=format", lambda config: config.rewards["format"]["type"] == "format"),
         ("--data.task.options={min_terms = 3}", lambda config: config.data.task["options"] == {"min_terms": 3}),
         ("--report.wandb_project=a=b", lambda config: config.report.wandb_project == "a=b"),
     ],
@@ -130,7 +130,14 @@ def test_minibatches_show_the_arithmetic(rl_file: Path) -> None:
 def test_cross_key_checks(rl_file: Path) -> None:
     assert "min_lr 1 is above lr 0.0001" in refusal(rl_file, "--optim.min_lr=1.0")
     assert "max_tokens 64 leaves no room" in refusal(rl_file, "--rollout.max_tokens=64")
-    assert "[rewards] is empty" in refusal(rl_file, "--rewards={}")
+    silent = '--data.task={ type = "tests.config.silent:Silent" }'
+    assert "[rewards] is empty, and the task of [data] names no" in refusal(rl_file, "--rewards={}", silent)
+
+
+def test_rewards_default_to_those_of_the_task(rl_file: Path) -> None:
+    config = load(rl_file, ["--rewards={}"], RLConfig)
+    assert {name: section["type"] for name, section in config.rewards.items()} == {"task": "task", "format": "format"}
+    assert config.rewards["task"]["partial_credit"] is False
 
 
 def test_missing_key(rl_file: Path) -> None:

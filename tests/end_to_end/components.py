@@ -4,22 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config.section import Section
 from megatron_r1.loss.base import LossInputs, Metrics
 from megatron_r1.loss.grpo import Grpo
+from megatron_r1.reward.base import Reward
 from megatron_r1.types import Group
 
 
-class Digits:
+class Digits(Reward):
     """Share of digits in a response: even a model that has learned nothing differs in it from sample to sample."""
-
-    isolated = False
-
-    class Config(Section):
-        pass
-
-    def __init__(self, config: Config) -> None:
-        pass
 
     def __call__(self, group: Group) -> list[float | None]:
         return [sum(c.isdigit() for c in sample.text) / (1 + len(sample.text)) for sample in group.samples]

@@ -87,7 +87,7 @@ def rl(folder: Path, output: Path, port: int) -> dict[str, Any]:
         "data": QUESTIONS,
         "heldout": QUESTIONS,
         "rewards": {
-            "accuracy": {"type": "accuracy", "verifier": "task"},
+            "accuracy": {"type": "task"},
             "format": {"type": "format"},
             "digits": {"type": "tests.end_to_end.components:Digits"},
         },

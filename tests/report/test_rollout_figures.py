@@ -9,20 +9,22 @@ from megatron_r1.types import Group, Question, Sample
 def sample(text: str, length: int, accuracy: float | None, finished: bool = True) -> Sample:
     rewards = {"accuracy": accuracy, "format": 1.0}
     reward = 1.0 + (accuracy or 0.0)
-    return Sample([1] * length, [0.0] * length, text, finished, 0, rewards=rewards, reward=reward)
+    correct = None if accuracy is None else accuracy >= 1.0
+    return Sample([1] * length, [0.0] * length, text, finished, 0, rewards, reward, correct)
 
 
 QUESTION = Question("q", "task", "?", "!")
 GROUPS = [
-    Group(QUESTION, [1], [sample("wait, check", 2, 1.0), sample("no", 4, 0.0)]),
+    Group(QUESTION, [1], [sample("wait, check", 2, 1.0), sample("no", 4, 0.5)]),
     Group(QUESTION, [1], [sample("yes", 6, None), sample("yes", 8, None, finished=False)]),
 ]
 
 
 def test_means_over_all_samples() -> None:
     figures = rollout_figures(GROUPS)
-    assert figures["reward"] == pytest.approx((2 + 1 + 1 + 1) / 4)
-    assert figures["accuracy"] == figures["reward/accuracy"] == 0.5  # None does not count
+    assert figures["reward"] == pytest.approx((2 + 1.5 + 1 + 1) / 4)
+    assert figures["reward/accuracy"] == pytest.approx((1.0 + 0.5) / 2)  # None does not count
+    assert figures["accuracy"] == 0.5  # half right is not right
     assert figures["format"] == 1.0
     assert figures["response_length"] == 5.0
     assert figures["truncated"] == 0.25
@@ -34,9 +36,24 @@ def test_names_of_an_evaluation() -> None:
     assert heldout_figures(GROUPS) == {
         "heldout_accuracy": 0.5,
         "heldout_format": 1.0,
-        "heldout_reward": 1.25,
+        "heldout_reward": 1.375,
         "heldout_length": 5.0,
     }
+
+
+def test_members_of_a_mixture() -> None:
+    members = [("sums", 1.0), ("sums", 0.0), ("puzzles", 1.0), ("prose", None)]
+    groups = [
+        Group(Question("q", "task", "?", "!", {"member": name}), [1], [sample("x", 1, accuracy)])
+        for name, accuracy in members
+    ]
+    figures = rollout_figures(groups)
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert {name: value for name, value in figures.items() if name.startswith("accuracy/")} == {
+        "accuracy/sums": 0.5,
+        "accuracy/puzzles": 1.0,
+    }
+    assert heldout_figures(groups)["heldout_accuracy/sums"] == 0.5
 
 
 def test_throughput() -> None:

@@ -8,19 +8,14 @@ from typing import ClassVar
 
 from megatron_r1.config.section import Section
 from megatron_r1.errors import ConfigError
+from megatron_r1.reward.base import Reward
 from megatron_r1.types import Group
 
 
-class Hostile:
+class Hostile(Reward):
     """Isolated: sleeps, exits, raises, segfaults; otherwise the number in the text."""
 
-    class Config(Section):
-        pass
-
     isolated: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
-        pass
 
     def __call__(self, group: Group) -> list[float | None]:
         assert len(group.samples) == 1
@@ -44,16 +39,45 @@ class Hostile:
         return [float(text)]
 
 
-class Careless:
+class Careless(Reward):
     """Inline: returns what it is told, whatever the group."""
 
     class Config(Section):
         scores: list[str]
 
-    isolated: ClassVar[bool] = False
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def __call__(self, group: Group) -> list[float | None]:
         return [float(score) for score in self.config.scores]
+
+
+class Patient(Hostile):
+    """As `Hostile`, with all the time in the world; its numbers say whether the answer is right."""
+
+    judges_correctness: ClassVar[bool] = True
+
+    @property
+    def deadline(self) -> float | None:
+        return 600.0
+
+
+class Echo(Reward):
+    """Inline: what was judged before it is called."""
+
+    needs_correctness: ClassVar[bool] = True
+
+    def __call__(self, group: Group) -> list[float | None]:
+        return [None if sample.correct is None else float(sample.correct) for sample in group.samples]
+
+
+class Undecided(Hostile):
+    """Asks for what cannot be: a verdict of others, in a process that does not see them."""
+
+    needs_correctness: ClassVar[bool] = True
+
+
+class Stranger:
+    """Not a reward at all."""
+
+    Config = Section
+
+    def __init__(self, config: Section) -> None:
+        self.config = config

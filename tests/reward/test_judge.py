@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -48,7 +49,7 @@ def _fresh_counters(judge: Judge) -> None:
 
 
 def test_weighted_sum_of_isolated_and_inline_rewards() -> None:
-    rewards = {"accuracy": {"type": "accuracy", "weight": 2}, "format": {"type": "format", "weight": 0.5}}
+    rewards = {"accuracy": {"type": "task", "weight": 2}, "format": {"type": "format", "weight": 0.5}}
     asked = group("<think>a</think> <answer>5</answer>", "<think>a</think> <answer>4</answer>", "x")
     with Judge(rewards, tasks=[{"type": "reasoning_gym", "dataset": "chain_sum"}], workers=1, timeout=60.0) as judge:
         judge([asked])
@@ -59,6 +60,38 @@ def test_weighted_sum_of_isolated_and_inline_rewards() -> None:
     ]
     assert [sample.reward for sample in asked.samples] == [2.5, 0.5, 0.0]
     assert asked.samples[0].tokens == [7]
+    assert [sample.correct for sample in asked.samples] == [True, False, False]
+
+
+def test_a_question_names_its_rewards() -> None:
+    fixed = {"type": "tests.reward.hostile:Careless", "scores": ["1"]}
+    judge, asked = Judge({"one": fixed, "two": fixed, "three": {**fixed, "weight": 5.0}}), group("a")
+    asked.question = replace(QUESTION, rewards=("three", "one"))
+    judge([asked])
+    assert asked.samples[0].rewards == {"one": 1.0, "two": None, "three": 1.0}
+    assert asked.samples[0].reward == 6.0
+    asked.question = replace(QUESTION, rewards=("tree",))
+    with pytest.raises(ConfigError, match=r"sum-1 is scored by 'tree', did you mean 'three'\?.*it has one, two, three"):
+        judge([asked])
+
+
+def test_correctness_comes_first() -> None:
+    rewards = {"echo": {"type": "tests.reward.hostile:Echo"}, "right": {"type": "tests.reward.hostile:Patient"}}
+    asked = group("1", "0.9", "none", "1.1")
+    with Judge(rewards, workers=1, timeout=0.001) as judge:
+        judge([asked])
+    assert [sample.correct for sample in asked.samples] == [True, False, None, True]
+    assert parts(asked, "echo") == [1.0, 0.0, None, 1.0]
+
+
+def test_groups_are_scored_while_others_are_awaited(judge: Judge) -> None:
+    """The second group is handed in when the first has been verified, and `finish` has both."""
+    first, second = group("1"), group("2", "3")
+    judge.submit(first)
+    judge._submitted[0].pending[0][1].result(timeout=60)
+    judge.submit(second)
+    judge.finish()
+    assert [first.samples[0].reward, *(sample.reward for sample in second.samples)] == [1.0, 2.0, 3.0]
 
 
 def test_none_is_left_out_of_the_sum(judge: Judge) -> None:
@@ -192,6 +225,8 @@ def test_rewards_without_isolation_need_no_worker() -> None:
         ({"a": {"type": "format", "weigth": 1.0}}, "unknown key 'weigth'"),
         ({"a": {"type": "format", "weight": "big"}}, r"rewards.a.weight is 'big'"),
         ({"a": {"type": "format", "weight": float("nan")}}, r"rewards.a.weight is nan"),
+        ({"a": {"type": "tests.reward.hostile:Stranger"}}, "is not a subclass of megatron_r1.reward.base.Reward"),
+        ({"a": {"type": "tests.reward.hostile:Undecided"}}, "cannot both be `isolated` and need"),
     ],
 )
 def test_bad_sections(rewards: dict[str, dict[str, object]], message: str) -> None:

@@ -74,6 +74,17 @@ def test_shape_ends_and_text(fleets: tuple[Fleet, Fleet]) -> None:
     assert max(len(sample.tokens) for sample in short) == 3
 
 
+def test_groups_arrive_as_they_are_complete(fleets: tuple[Fleet, Fleet]) -> None:
+    """The same samples as in one batch, and the short ones are not kept waiting for the long ones."""
+    fleet, prompts = fleets[0], make_prompts(64, seed=7)
+    arrived = list(fleet.stream(prompts, n=1, seed=11))
+    assert bits([dict(arrived)[index] for index in range(64)]) == bits(fleet.sample(prompts, n=1, seed=11))
+    assert len(arrived) == 64
+    lengths = [len(samples[0].tokens) for _, samples in arrived]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+
+
 def test_the_same_call_gives_the_same_bits(fleets: tuple[Fleet, Fleet]) -> None:
     """64 x 4 responses, three times, after other batches and while the server's processes are stopped at random."""
     fleet, prompts = fleets[0], make_prompts(64, seed=2)

@@ -129,5 +129,5 @@ class TaskSection(Section):
 
     task: TaskComponent
     """`type` names the task; its other keys are the task's own."""
-    template: str = "r1_zero"
-    """Prompt template by name (`data/templates.py`), or a text with `{question}` in it."""
+    template: str | None = None
+    """Prompt template by name (`data/templates.py`), or a text with `{question}` in it; None = the task's own."""

@@ -1,44 +1,47 @@
-"""Questions for training and for evaluation, as pure functions of seed and step: nothing to save or restore."""
+"""Questions for training and for evaluation, as pure functions of seed and position: nothing to save or restore."""
 
 from collections.abc import Iterable, Iterator
 from itertools import count
 
 from megatron_r1.config import component
 from megatron_r1.config.sections import TaskSection
+from megatron_r1.data.streams import PATIENCE, dry, stream
 from megatron_r1.data.tasks.base import Problem, Task
 from megatron_r1.data.templates import render
-from megatron_r1.errors import ConfigError
+from megatron_r1.registry import resolve
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Question
 
-_PATIENCE = 1000
-"""Rejected problems in a row after which a task counts as exhausted."""
-
 
 class Questions:
-    """The training questions of a run.
+    """The training questions of a run: one stream of problems, of which every step takes the next ones.
+
+    So a task with a size is gone through once before any of its problems comes again.
 
     Args:
         section: task and template.
-        seed: of the run; another seed draws other questions.
+        seed: of the run; another seed draws other questions, or the same in another order.
         exclude: bare texts (`texts(...)`) that are never drawn: the held-out questions.
+
+    Raises:
+        ConfigError: every problem is excluded.
     """
 
     def __init__(self, section: TaskSection, seed: int, exclude: frozenset[str] = frozenset()) -> None:
         self.section = section
-        self.seed = seed
-        self.exclude = exclude
         self._task: Task = component.build("task", section.task)
+        self._stream = stream(self._task, stream_seed("train", seed), exclude)
 
     def take(self, step: int, n: int) -> list[Question]:
-        """The `n` questions of rollout `step`, whatever was taken before.
+        """The `n` questions of rollout `step`, whatever was taken before: those from position `step * n` on.
 
         Raises:
             ConfigError: the task yields nothing but excluded questions.
         """
-        stream = stream_seed("train", self.seed, step)
-        problems = distinct(self._task, stream, self.exclude, repeats=True)
-        return [question(self.section, self._task.name, f"{step}-{index}", next(problems)) for index in range(n)]
+        return [
+            question(self.section, self._task.name, str(index), self._stream.problem(index))
+            for index in range(step * n, (step + 1) * n)
+        ]
 
 
 def heldout(section: TaskSection, n: int) -> list[Question]:
@@ -65,11 +68,8 @@ def distinct(task: Task, seed: int, exclude: frozenset[str], repeats: bool) -> I
         problem = task.problem(seed, index)
         if problem.text in seen:
             rejected += 1
-            if rejected == _PATIENCE:
-                raise ConfigError(
-                    f"task {task.name!r} ran dry: its last {_PATIENCE} questions were all held out or seen before "
-                    f"({len(seen):,} texts are taken); ask for fewer questions or widen the task's options"
-                )
+            if rejected == PATIENCE:
+                raise dry(task, len(seen))
             continue
         rejected = 0
         if not repeats:
@@ -78,12 +78,22 @@ def distinct(task: Task, seed: int, exclude: frozenset[str], repeats: bool) -> I
 
 
 def question(section: TaskSection, name: str, number: str, problem: Problem) -> Question:
-    """`problem` in the section's template; metadata `text` is the bare text, `config` the task's own keys."""
-    own = {key: value for key, value in section.task.items() if key != "type"}
+    """`problem` in its template; metadata `text` is the bare text, `config` the own keys of the task that made it.
+
+    The template is the problem's, else the section's, else that of the task that made it. The id is of the task's
+    `name` and `number`, or of the name that the task has in a mixture.
+    """
+    made_by = problem.task or section.task
+    template = problem.template or section.template or resolve("task", made_by["type"]).template
     return Question(
-        id=f"{name}-{number}",
-        task=section.task["type"],
-        prompt=render(section.template, problem.text),
+        id=f"{problem.metadata.get('member', name)}-{number}",
+        task=made_by["type"],
+        prompt=render(template, problem.text),
         answer=problem.answer,
-        metadata={"config": own, **problem.metadata, "text": problem.text},
+        metadata={
+            "config": {key: value for key, value in made_by.items() if key != "type"},
+            **problem.metadata,
+            "text": problem.text,
+        },
+        rewards=problem.rewards,
     )

@@ -1,9 +1,11 @@
-"""What a task is: an endless source of problems that can also verify an answer."""
+"""What a task is: a source of problems by number, which may also verify an answer."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from megatron_r1.config.section import Component, Section
+from megatron_r1.errors import ConfigError
 from megatron_r1.types import Question
 
 
@@ -13,33 +15,58 @@ class Problem:
 
     text: str
     answer: str
-    """Reference answer."""
+    """Reference answer; empty where there is none."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON-able; what `Task.verify` needs. `Question.metadata` carries it under the same keys."""
+    """JSON-able; what verifiers and rewards need. `Question.metadata` carries it under the same keys."""
+    task: Component | None = None
+    """Section of the task that made it, where that is not the run's own (a member of a mixture)."""
+    template: str | None = None
+    """Prompt template, where it is not the run's."""
+    rewards: tuple[str, ...] | None = None
+    """Names in [rewards] that score it; None = all."""
 
 
-class Task(Protocol):
+class Task(ABC):
     """A source of problems.
 
     Questions carry the `Config` they were made with, so that a verifier in another process rebuilds the
-    task from the question alone: construction has to be cheap.
+    task from the question alone: construction has to be cheap, data are read when the first problem is asked for.
     """
 
-    Config: ClassVar[type[Section]]
-    default_rewards: ClassVar[dict[str, Component]]
-    """What a run over this task is usually scored by, in the form of the run file's [rewards]."""
+    class Config(Section):
+        """The task's own keys of its section; a subclass with keys defines its own."""
 
-    def __init__(self, config: Any) -> None: ...
+    template: ClassVar[str] = "r1_zero"
+    """Prompt template of a section that names none."""
+    default_rewards: ClassVar[dict[str, Component]] = {}
+    """What a run over this task is scored by unless it says otherwise, in the form of the run file's [rewards]."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """What kind of problems these are; `data/worked.py` looks up worked solutions by it."""
-        ...
+        """What kind of problems these are, for ids and reports."""
 
+    @property
+    def size(self) -> int | None:
+        """How many problems there are; None = as many as are asked for."""
+        return None
+
+    @abstractmethod
     def problem(self, seed: int, index: int) -> Problem:
-        """Problem number `index` of stream `seed`; the same arguments give the same problem in any process."""
-        ...
+        """Problem number `index` of stream `seed`; the same arguments give the same problem in any process.
+
+        A task with a `size` gives each problem once before any a second time, in an order that `seed` shuffles.
+        """
 
     def verify(self, question: Question, answer: str) -> float:
-        """Score of `answer`, from 0 (wrong) to 1 (right)."""
-        ...
+        """Score of `answer`, from 0 (wrong) to 1 (right).
+
+        Raises:
+            ConfigError: the task has no verifier of its own.
+        """
+        raise ConfigError(
+            f"task {question.task!r} cannot verify answers by itself: score it by another reward than type = 'task'"
+        )

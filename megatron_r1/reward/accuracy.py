@@ -1,81 +1,181 @@
-"""Accuracy reward: is the final answer right?"""
+"""Accuracy reward: is the final answer of a mathematical question right?"""
 
+import logging
 import re
-from functools import lru_cache
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import ClassVar, Literal
 
 import math_verify
+from math_verify import LatexExtractionConfig
+from math_verify.parser import NormalizationConfig
 
-from megatron_r1.config import component
 from megatron_r1.config.section import Section
-from megatron_r1.reward.response import extract_answer
-from megatron_r1.types import Group, Question
+from megatron_r1.reward import symbolic
+from megatron_r1.reward.base import Reward
+from megatron_r1.reward.claims import after_anchor, boxes, claims, tidy
+from megatron_r1.reward.numerals import Listing, Numeral, listing, numeral, same, same_listing, without_unit
+from megatron_r1.reward.response import AnswerIn, extract_answer, response
+from megatron_r1.types import Group
 
-_WORD = re.compile("[A-Za-z]{2}")
+_SIDES = re.compile(r"(?<![<>!\\])=")
+_ARGUMENTS = re.compile(r"(?<=[A-Za-z}])(?:_(?:\{[^{}]*\}|\w)|\^\{?\d\}?|\([^()]*\))")
+_LETTERS = re.compile(r"[A-Za-z\\{}|' +-]*")
+_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_PHRASE = re.compile(r"[^\W\d_]+(?: [^\W\d_]+){0,3}")
+_OPEN_R1 = LatexExtractionConfig(
+    try_extract_without_anchor=False,
+    boxed_match_priority=0,
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all", equations=True
+    ),
+)
+# It announces for every sample that `equations` is deprecated.
+logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
+
+log = logging.getLogger(__name__)
 
 
-class Verifier(Protocol):
-    """The part of a task that judges answers."""
+class Accuracy(Reward):
+    r"""1.0 for a right answer, 0.0 for a wrong or missing one (DeepSeek-R1, arXiv 2501.12948, section 2.2).
 
-    def verify(self, question: Question, answer: str) -> float:
-        """Score of `answer`, from 0 (wrong) to 1 (right)."""
-        ...
+    The reference may be a number, an expression, an equation, a set, an interval, a matrix, a word, a `\text{...}` of
+    up to four words, or a text that boxes one of these; otherwise the score is None, which is logged once a question.
 
-
-class Accuracy:
-    """1.0 for a right answer, 0.0 for a wrong or missing one (DeepSeek-R1, arXiv 2501.12948, section 2.2).
-
-    The answer is the last `<answer>` block after a closed think block. The verifier is the task's own, or
-    math-verify, which compares LaTeX and plain expressions by value; there a reference answer that cannot be
-    parsed gives None.
+    What an answer claims are its boxes or, without a box, the one expression that it states. An answer that claims
+    several things is right only where all of them are; those of a reference set such as `1, 2` may stand in several
+    boxes. A reference that is a plain number wants a number that has been worked out: an integer, decimal, fraction,
+    percentage or power of ten, perhaps behind `x =` and before a unit (units are not compared), but not `2 + 3` or an
+    integral. Anything else goes to math-verify behind the guards of `symbolic.py`.
     """
 
     class Config(Section):
-        verifier: Literal["task", "math_verify"] = "task"
-        partial_credit: bool = False
-        """Keep scores between 0 and 1 that a task's verifier gives; R1's reward is right or wrong."""
+        answer_in: AnswerIn = "tags"
+        require_boxed: bool = False
+        r"""Only what stands in `\boxed{...}` counts as an answer."""
+        compatible: Literal["open-r1"] | None = None
+        """The score of open-r1's `accuracy_reward`, which parses the whole response, its reasoning included, joins
+        all boxes that stand close together, and computes whatever the answer leaves to be computed."""
 
     isolated: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._tasks: dict[str, Verifier] = {}
+    judges_correctness: ClassVar[bool] = True
+    config: Config
 
     def __call__(self, group: Group) -> list[float | None]:
-        return [self._score(group.question, extract_answer(sample.text)) for sample in group.samples]
+        return [self._score(group, number) for number in range(len(group.samples))]
 
-    def _score(self, question: Question, answer: str | None) -> float | None:
-        if self.config.verifier == "math_verify":
-            return math_score(question.answer, answer)
-        if not answer:
-            return 0.0
-        score = self._verifier(question).verify(question, answer)
-        return score if self.config.partial_credit else float(score >= 1.0)
-
-    def _verifier(self, question: Question) -> Verifier:
-        """The question's task, rebuilt from what the question carries and kept."""
-        section = {**question.metadata.get("config", {}), "type": question.task}
-        key = repr(section)
-        if key not in self._tasks:
-            self._tasks[key] = component.build("task", section)
-        return self._tasks[key]
+    def _score(self, group: Group, number: int) -> float | None:
+        question, sample = group.question, group.samples[number]
+        if self.config.compatible == "open-r1":
+            score = open_r1_score(question.answer, sample.text)
+        else:
+            text = extract_answer(response(question, sample), self.config.answer_in)
+            score = math_score(question.answer, text, self.config.require_boxed)
+        if score is None:
+            _report(question.id, question.answer)
+        return score
 
 
-def math_score(reference: str, answer: str | None) -> float | None:
-    """1.0 when both are the same mathematical object, 0.0 when not, None when `reference` cannot be parsed."""
-    expected = _parse(reference)
-    if not expected:
+@dataclass(frozen=True)
+class Reference:
+    """A reference answer, in the simplest form that it has."""
+
+    text: str
+    """Tidy LaTeX, or a phrase in lower case."""
+    word: bool = False
+    numeral: Numeral | None = None
+    listing: Listing | None = None
+
+
+def math_score(reference: str, answer: str | None, require_boxed: bool = False) -> float | None:
+    """1.0 when `answer` claims what `reference` says, 0.0 when not, None when `reference` cannot be read."""
+    expected = read_reference(reference)
+    if expected is None:
         return None
     if not answer:
         return 0.0
-    return float(math_verify.verify(list(expected), list(_parse(answer)), timeout_seconds=None))
+    if expected.word:
+        inner = boxes(answer)
+        parts = inner if inner or require_boxed else [after_anchor(answer)]
+        return float(bool(parts) and all(_phrase(part) == expected.text for part in parts or []))
+    stated = claims(answer, require_boxed)
+    if not stated:
+        return 0.0
+    if all(_right(expected, claim) for claim in stated):
+        return 1.0
+    several = len(stated) > 1 and expected.numeral is None and symbolic.is_set(expected.text)
+    return float(several and _right(expected, ", ".join(stated)))
 
 
-@lru_cache(maxsize=1024)
-def _parse(text: str) -> tuple[Any, ...]:
-    # Without a time limit: math-verify's own is an alarm signal; the judge's worker is killed instead.
-    found = math_verify.parse(text, parsing_timeout=None)
-    if not found and ("\\" in text or not _WORD.search(text)):
-        # Bare LaTeX is only seen between dollar signs; prose there would be read as a product of letters.
-        found = math_verify.parse(f"${text}$", parsing_timeout=None)
-    return tuple(found)
+@lru_cache(maxsize=4096)
+def read_reference(text: str) -> Reference | None:
+    """What a reference answer stands for, or None where no rule can compare it."""
+    stated = claims(text)
+    if not stated:
+        phrase = _phrase((boxes(text) or [text])[-1])
+        # Several words are a name for one thing only where they are marked as a text.
+        known = phrase is not None and (" " not in phrase or r"\text" in text)
+        return Reference(phrase, word=True) if phrase and known else None
+    # A worked solution may box the same answer twice, or the elements of a set one by one.
+    joined = ", ".join(stated)
+    if number := numeral(without_unit(joined)):
+        return Reference(joined, numeral=number)
+    return None if symbolic.parse(joined) is None else Reference(joined, listing=listing(joined))
+
+
+def open_r1_score(reference: str, text: str) -> float | None:
+    """open-r1's `accuracy_reward` of a whole response; None where the reference cannot be parsed or verifying fails."""
+    expected = _open_r1_reference(reference)
+    if not expected:
+        return None
+    found = math_verify.parse(text, [_OPEN_R1], extraction_mode="first_match", parsing_timeout=None)
+    try:
+        return float(math_verify.verify(list(expected), found, timeout_seconds=None))
+    except Exception:  # as there: whatever sympy raises
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _open_r1_reference(text: str) -> tuple[object, ...]:
+    return tuple(math_verify.parse(text, extraction_mode="first_match", parsing_timeout=None))
+
+
+@lru_cache(maxsize=32768)
+def _right(expected: Reference, claim: str) -> bool:
+    if _tight(claim) == _tight(expected.text):
+        return True
+    if expected.numeral is None:
+        stated = listing(claim) if expected.listing else None
+        if expected.listing and stated and expected.listing.brackets == stated.brackets:
+            return same_listing(expected.listing, stated)
+        return symbolic.equal(expected.text, claim)
+    if len(claim) > max(symbolic.MAX_LENGTH, 4 * len(expected.text)):
+        return False
+    # `x = 2 + 3 = 5` claims 5: the last side is the number, the others may not be something else.
+    *others, last = _SIDES.split(symbolic.exact(claim))
+    number = numeral(without_unit(last))
+    if number is None or not same(expected.numeral, number):
+        return False
+    return all(_is_name(side) or symbolic.equal(expected.text, side.strip()) for side in others)
+
+
+def _is_name(side: str) -> bool:
+    """Whether the left side of an equation names a quantity, as `x`, `a_{10}`, `f(2)`, `AB + BC` or nothing do."""
+    bare = _ARGUMENTS.sub("", side).strip()
+    return not bare or (_LETTERS.fullmatch(bare) is not None and any(character.isalpha() for character in bare))
+
+
+def _tight(text: str) -> str:
+    """Without the spaces that separate nothing."""
+    return _SPACE.sub("", text)
+
+
+def _phrase(text: str) -> str | None:
+    """Up to four words without anything else, in lower case."""
+    bare = tidy(text).strip("() ")
+    return bare.casefold() if len(bare) > 1 and _PHRASE.fullmatch(bare) else None
+
+
+@cache
+def _report(question: str, reference: str) -> None:
+    log.warning("question %s gets no accuracy: its reference answer %.80r is no mathematics", question, reference)

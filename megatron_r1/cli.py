@@ -34,10 +34,20 @@ class Verb:
 
 
 VERBS = {
+    "data filter": Verb(
+        "keep the questions that a model solves sometimes; length, duplicates",
+        "megatron_r1.config.evaluation:FilterConfig",
+        "megatron_r1.evaluate.filter:run",
+    ),
     "data generate": Verb(
         "worked solutions of generated tasks, as text documents",
         "megatron_r1.config.runs:GenerateConfig",
         "megatron_r1.data.corpus:generate",
+    ),
+    "data decontaminate": Verb(
+        "drop rows that share word n-grams with evaluation sets",
+        "megatron_r1.data.decontaminate:DecontaminateConfig",
+        "megatron_r1.data.decontaminate:run",
     ),
     "data index": Verb(
         "documents to Megatron indexed datasets",
@@ -58,6 +68,16 @@ VERBS = {
         "reinforcement learning with verifiable rewards (GRPO)",
         "megatron_r1.config.runs:RLConfig",
         "megatron_r1.train.rl:run",
+    ),
+    "evaluate": Verb(
+        "pass@1, pass@k and majority vote of a model on tasks",
+        "megatron_r1.config.evaluation:EvaluateConfig",
+        "megatron_r1.evaluate.benchmark:run",
+    ),
+    "sandbox serve": Verb(
+        "run programs for code rewards on other machines",
+        "megatron_r1.config.sandbox:SandboxServeConfig",
+        "megatron_r1.reward.sandbox.service:serve",
     ),
 }
 
@@ -101,8 +121,9 @@ def _run(verb: Verb, options: argparse.Namespace, overrides: list[str], argument
         return relaunch(parallel.processes, arguments)
     summary: dict[str, Any] = _import(verb.run)(config)
     if os.environ.get("RANK", "0") == "0":
-        config.output.mkdir(parents=True, exist_ok=True)
-        (config.output / "config.toml").write_text(dump(config))
+        if hasattr(config, "output"):  # a server writes nothing
+            config.output.mkdir(parents=True, exist_ok=True)
+            (config.output / "config.toml").write_text(dump(config))
         if options.json:
             print(json.dumps(summary))
     return 0

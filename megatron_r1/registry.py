@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,9 +68,18 @@ def resolve(kind: str, name: str) -> Any:
     module, _, attribute = target.rpartition(":")
     try:
         loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        return getattr(loaded, attribute)
-    except (ImportError, AttributeError, ValueError, OSError, SyntaxError) as error:
+    except (ImportError, ValueError, OSError, SyntaxError) as error:
         raise ConfigError(f"{kind} {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever a user's own code raises
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{kind} {name!r} cannot be imported: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+        ) from error
+    if not hasattr(loaded, attribute):
+        raise ConfigError(
+            f"{kind} {name!r} cannot be imported: {module} defines no {attribute!r}{nearest(attribute, vars(loaded))}"
+        )
+    return getattr(loaded, attribute)
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_r1.config.component import RewardComponent, default_rewards
+from megatron_r1.config.component import RewardComponent, TaskComponent, default_rewards
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import RolloutSection, TaskSection
 
@@ -60,9 +60,12 @@ class SamplingSection(Section):
     seed: int = 0
 
 
-class BenchmarkSection(TaskSection):
+class BenchmarkSection(Section):
     """[tasks.<name>] of `evaluate`: a task, and how much of it."""
 
+    task: TaskComponent
+    template: str | None = None
+    """As in [data] of a run; None = the task's own."""
     questions: PositiveInt | None = None
     """How many; the same ones in every run. Default: all that the task has."""
     rewards: dict[str, RewardComponent] = {}
@@ -75,6 +78,10 @@ class BenchmarkSection(TaskSection):
     def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
         task = info.data.get("task")  # missing where that itself is wrong
         return default_rewards(task) if not rewards and task else rewards
+
+    def asked(self) -> TaskSection:
+        """Where its questions come from."""
+        return TaskSection(task=self.task, template=self.template)
 
 
 class EvaluateConfig(SamplingSection):
@@ -160,5 +167,7 @@ class FilterConfig(Section):
     def _tokenizer_known(self) -> "FilterConfig":
         bounds = self.length and (self.length.min_tokens, self.length.max_tokens)
         if bounds and bounds != (None, None) and not self.tokenizer and not self.pass_rate:
-            raise ValueError("[length] counts tokens: set `tokenizer` to the folder of the one that counts")
+            raise ValueError(
+                "[length] counts tokens: set `tokenizer`, above all sections, to the folder of what counts them"
+            )
         return self

@@ -79,6 +79,8 @@ def _explain(schema: type[BaseModel], entry: Any) -> str:
     location = [str(part) for part in entry["loc"]]
     dotted = ".".join(location)
     if entry["type"] == "extra_forbidden":
+        if len(location) > 1 and location[-1] in schema.model_fields:
+            return f"unknown key {dotted!r}: {location[-1]!r} belongs at the top, before the first [section]"
         return f"unknown key {dotted!r}{nearest(location[-1], _keys(schema, location[:-1]))}"
     if entry["type"] == "missing":
         return f"{dotted!r} is missing"

@@ -3,15 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.component import (
     AdvantageComponent,
@@ -31,6 +23,7 @@ from megatron_r1.config.sections import (
     RolloutSection,
     TaskSection,
 )
+from megatron_r1.errors import nearest
 
 
 class GenerateConfig(Section):
@@ -148,8 +141,8 @@ class RLConfig(Section):
     data: TaskSection
     heldout: TaskSection
     rewards: dict[str, RewardComponent] = {}
-    """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys. Default: what the task of
-    [data] is usually scored by."""
+    """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys. Default: what the tasks
+    of [data] and [heldout] are usually scored by, each by its own."""
     reward_workers: PositiveInt = 2
     reward_timeout: PositiveFloat = 10.0
     """Seconds one verification may take before its worker is killed and the part scores 0."""
@@ -164,11 +157,18 @@ class RLConfig(Section):
     report: ReportSection = ReportSection()
     seed: int = 0
 
-    @field_validator("rewards", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
-        data = info.data.get("data")  # missing where [data] itself is wrong
-        return default_rewards(data.task) if not rewards and data else rewards
+    def _scored_by_default(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """Without [rewards] each task is scored by its own defaults."""
+        sections = {name: tree.get(name) for name in ("data", "heldout")}
+        tasks = [part["task"] for part in sections.values() if isinstance(part, dict) and "task" in part]
+        if tree.get("rewards") or len(tasks) < len(sections):
+            return tree
+        named = {
+            name: {"rewards": list(default_rewards(part["task"])), **part} for name, part in sections.items() if part
+        }
+        return {**tree, **named, "rewards": default_rewards(*tasks)}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RLConfig":
@@ -182,6 +182,13 @@ class RLConfig(Section):
                 f"{self.questions} questions x {self.group_size} samples = {samples} "
                 f"do not divide into {self.minibatches} minibatches"
             )
-        if not self.rewards:
+        if not self.rewards or self.data.rewards == []:
             raise ValueError("[rewards] is empty, and the task of [data] names no rewards: name at least one")
+        for section, names in (("data", self.data.rewards), ("heldout", self.heldout.rewards)):
+            for name in names or []:
+                if name not in self.rewards:
+                    raise ValueError(
+                        f"{section}.rewards names {name!r}{nearest(name, self.rewards)}, which [rewards] does not "
+                        f"have; it has {', '.join(self.rewards)}"
+                    )
         return self

@@ -131,3 +131,5 @@ class TaskSection(Section):
     """`type` names the task; its other keys are the task's own."""
     template: str | None = None
     """Prompt template by name (`data/templates.py`), or a text with `{question}` in it; None = the task's own."""
+    rewards: list[str] | None = None
+    """Names in [rewards] that score its questions; None = all (of a mixture: what its members say)."""

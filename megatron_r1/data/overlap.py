@@ -35,15 +35,10 @@ def words(text: str) -> list[str]:
     return found
 
 
-def normalised(text: str) -> str:
-    """`words` joined by spaces: equal for texts that differ in case, punctuation and white space alone."""
-    return " ".join(words(text))
-
-
 def bare(text: str) -> str:
     """`text` without white space and invisible characters, case folded: equal for copies of one text.
 
-    Unlike `normalised` it keeps signs and punctuation, for 3 + 4 and 3 - 4 are different questions.
+    Unlike `words` it keeps signs and punctuation, for 3 + 4 and 3 - 4 are different questions.
     """
     visible = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
     return "".join(visible.casefold().split())

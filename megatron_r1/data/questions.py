@@ -5,8 +5,7 @@ from itertools import count
 
 from megatron_r1.config import component
 from megatron_r1.config.sections import TaskSection
-from megatron_r1.data.streams import PATIENCE, dry, stream
-from megatron_r1.data.tasks.base import Problem, Task
+from megatron_r1.data.tasks.base import PATIENCE, Problem, Task, dry
 from megatron_r1.data.templates import render
 from megatron_r1.registry import resolve
 from megatron_r1.seeds import stream_seed
@@ -30,7 +29,7 @@ class Questions:
     def __init__(self, section: TaskSection, seed: int, exclude: frozenset[str] = frozenset()) -> None:
         self.section = section
         self._task: Task = component.build("task", section.task)
-        self._stream = stream(self._task, stream_seed("train", seed), exclude)
+        self._problem = self._task.stream(stream_seed("train", seed), exclude)
 
     def take(self, step: int, n: int) -> list[Question]:
         """The `n` questions of rollout `step`, whatever was taken before: those from position `step * n` on.
@@ -39,7 +38,7 @@ class Questions:
             ConfigError: the task yields nothing but excluded questions.
         """
         return [
-            question(self.section, self._task.name, str(index), self._stream.problem(index))
+            question(self.section, self._task.name, str(index), self._problem(index))
             for index in range(step * n, (step + 1) * n)
         ]
 
@@ -95,5 +94,5 @@ def question(section: TaskSection, name: str, number: str, problem: Problem) -> 
             **problem.metadata,
             "text": problem.text,
         },
-        rewards=problem.rewards,
+        rewards=problem.rewards if problem.rewards is not None or section.rewards is None else tuple(section.rewards),
     )

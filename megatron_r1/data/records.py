@@ -117,10 +117,6 @@ class Records(Sequence[Row]):
                 hint = f"; say which one holds it: columns = {{ {field} = '...' }}" if field == column else ""
                 raise DataError(_no_column(self.config.source, column, self.names) + hint)
 
-    def has(self, field: str) -> bool:
-        """Whether there is a column for `field`."""
-        return self.config.columns.get(field, field) in self.names
-
     @cached_property
     def _table(self) -> Table:
         config, source = self.config, self.config.source

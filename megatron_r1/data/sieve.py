@@ -16,7 +16,7 @@ KEPT, DROPPED = "kept.jsonl", "dropped.jsonl"
 
 
 class Sieve:
-    """Writes both files; a context manager, whose files appear when it ends without an error, both or neither.
+    """Writes both files; a context manager, whose files appear when it ends without an error.
 
     A kept row has the columns that it came with, so whatever read the source reads `kept.jsonl` as well.
     """

@@ -141,7 +141,9 @@ def _load(source: str, name: str | None, split: str, revision: str | None) -> An
     except DataError:
         raise
     except Exception as error:  # its loaders raise whatever their parsers do
-        raise DataError(f"`datasets` cannot load {source} (name {name}, split {split}): {error}") from error
+        asked = f"split {split}" + (f" of {name}" if name else "") + (f" at {revision}" if revision else "")
+        files = "" if local else f"; it was taken for an id of the hub, for files end in {', '.join((*LINES, PARQUET))}"
+        raise DataError(f"`datasets` cannot load {source} ({asked}): {error}{files}") from error
 
 
 def _split(found: Any, split: str, source: str) -> Any:

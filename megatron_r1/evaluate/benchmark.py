@@ -65,12 +65,12 @@ def benchmark_questions(name: str, section: BenchmarkSection) -> list[Question]:
     if task.size is None:
         if section.questions is None:
             raise ConfigError(f"tasks.{name}: {task.name!r} makes problems without end; say how many `questions`")
-        return heldout(section, section.questions)
+        return heldout(section.asked(), section.questions)
     wanted = task.size if section.questions is None else section.questions
     if wanted > task.size:
         raise ConfigError(f"tasks.{name}: {wanted} questions are asked for, but {task.name!r} has {task.size}")
     stream = stream_seed("heldout")
-    return [question(section, task.name, f"{index}", task.problem(stream, index)) for index in range(wanted)]
+    return [question(section.asked(), task.name, f"{index}", task.problem(stream, index)) for index in range(wanted)]
 
 
 def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Sampler:
         self._open_engine = open_engine
         self._engine: Engine | None = None
         self._stack = ExitStack()
-        self._settings = [_identity(config.model), config.rollout.model_dump(mode="json", include=_SAMPLED_BY)]
+        sampled_by = config.rollout.model_dump(mode="json", include=_SAMPLED_BY)
+        self._settings = [_identity(config.model), str(config.tokenizer), sampled_by]
         self._file = self._stack.enter_context(AnswerFile(output / SCORED))
 
     def __enter__(self) -> Self:
@@ -94,7 +95,9 @@ class Sampler:
                 asked = [asdict(question) for question in batch]
                 key = digest(self._settings, rewards, samples, self._config.seed, number, asked)
                 if key not in self._file:
-                    judge = judge or stack.enter_context(self._judge(rewards, task))
+                    if judge is None:
+                        judge = stack.enter_context(self._judge(rewards, task))
+                        judge.wait_until_ready()
                     self._file.append(key, self._sample(judge, batch, samples, number))
                 display.answered(len(batch))
                 yield from zip(batch, self._file.read(key), strict=True)

@@ -17,8 +17,8 @@ class Reward(ABC):
         """The reward's own keys of its section; a subclass with keys defines its own."""
 
     isolated: ClassVar[bool] = False
-    """True for code that may hang or crash on what a policy writes. It then runs in a worker process that is
-    killed at the time limit, and is called with one sample at a time, so that a bad one takes no other with it;
+    """True for code that takes long, or may hang or crash on what a policy writes. It then runs in a worker process
+    that is killed at the time limit, and is called with one sample at a time, so that a bad one takes no other with it;
     that sample has its text but neither tokens nor logprobs."""
     judges_correctness: ClassVar[bool] = False
     """True when a score of 1.0 or more means that the answer is right; `sample.correct` says so."""
@@ -32,6 +32,18 @@ class Reward(ABC):
     def deadline(self) -> float | None:
         """Seconds that one sample may take where this reward knows better than the run's `reward_timeout`."""
         return None
+
+    @property
+    def failure_score(self) -> float:
+        """Score of a sample that ran past the time limit or killed its worker; the least that any may get."""
+        return 0.0
+
+    def prepare(self) -> None:  # noqa: B027 (most rewards need nothing)
+        """Start what scoring needs, in the process that scores, so that what is missing is found before a run begins.
+
+        Raises:
+            UserError: says what is missing.
+        """
 
     @abstractmethod
     def __call__(self, group: Group) -> list[float | None]:

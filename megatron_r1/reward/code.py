@@ -1,6 +1,7 @@
 """Code reward: the program in the answer is run against the question's tests, in a sandbox."""
 
 import atexit
+import math
 import time
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -15,6 +16,7 @@ from megatron_r1.reward.code_tests import checks_of, limits_for, read_tests
 from megatron_r1.reward.response import AnswerIn, extract_answer, response
 from megatron_r1.reward.sandbox.choice import SandboxSection, open_executor
 from megatron_r1.reward.sandbox.job import Executor, Program, Run
+from megatron_r1.reward.sandbox.remote import QUEUE_SECONDS
 from megatron_r1.types import Group, Question, Sample
 
 Mode = Literal["pass", "fraction", "weighted", "subtasks"]
@@ -46,7 +48,7 @@ class Code(Reward):
         float_tolerance: NonNegativeFloat | None = None
         """Numbers that differ by at most this, absolutely or relatively, are the same. Default: they are text."""
         max_seconds: PositiveFloat = 60.0
-        """All tests of one sample together; tests that were not begun by then are failed."""
+        """All tests of one sample together, from the start of the first; those not begun by then are failed."""
         compatible: Literal["open-r1"] | None = None
         """Compare lines, and treat time limits, as open-r1's `code_reward` does."""
 
@@ -56,12 +58,13 @@ class Code(Reward):
     def __init__(self, config: Config) -> None:
         self.config: Code.Config = config
         self._executor: Executor | None = None
+        self._read: tuple[Question, CodeTests | None] | None = None
 
     @property
     def deadline(self) -> float:
-        """`max_seconds`, the test that was begun last, a compilation, and the start of the sandbox."""
-        limits = self.config.limits
-        return self.config.max_seconds + limits.wall_seconds + limits.compile_seconds + 20.0
+        """`max_seconds`, as long again for the test that was begun last, a compilation, and the wait for a sandbox."""
+        wait = 20.0 if self.config.url is None else 20.0 + QUEUE_SECONDS
+        return 2 * self.config.max_seconds + self.config.limits.compile_seconds + wait
 
     def __call__(self, group: Group) -> list[float | None]:
         """One score a sample. [samples]
@@ -70,7 +73,7 @@ class Code(Reward):
             DataError: the question's tests are not in the form that `code_tests` says.
             EngineError: the sandbox does not work here, or is out of reach.
         """
-        tests = read_tests(group.question)
+        tests = self._tests(group.question)
         if tests is None:
             return [None for _ in group.samples]
         return [self._score(group.question, tests, sample) for sample in group.samples]
@@ -81,8 +84,23 @@ class Code(Reward):
             self._executor.close()
             self._executor = None
 
+    def _tests(self, question: Question) -> CodeTests | None:
+        """The question's tests, of which there may be megabytes: read once for all of its samples."""
+        if self._read is None or self._read[0] is not question:
+            self._read = question, read_tests(question)
+        return self._read[1]
+
+    @property
+    def failure_score(self) -> float:
+        """Otherwise a program would gain by killing its worker."""
+        return min(0.0, self.config.no_code, self.config.compile_error)
+
+    def prepare(self) -> None:
+        """Start the sandbox."""
+        self._open()
+
     def _open(self) -> Executor:
-        """The executor, which is started by the first sample: only a worker that scores needs one."""
+        """The executor, in the process that scores."""
         if self._executor is None:
             self._executor = open_executor(self.config)
             atexit.register(self.close)
@@ -93,8 +111,11 @@ class Code(Reward):
         source = last_block(answer or "", tests.language)
         if source is None:
             return self.config.no_code
-        passed = []
+        passed: list[bool] = []
+        started = math.inf
         for run, ok in self._outcomes(question, tests, source):
+            now = time.monotonic()
+            started = min(started, now - run.seconds)  # a server may have had others to serve before
             if run.status == "compile_error":
                 return self.config.compile_error
             if run.status == "timeout" and self.config.compatible == "open-r1":
@@ -102,28 +123,26 @@ class Code(Reward):
             passed.append(ok)
             if not ok and self.config.mode == "pass":
                 return 0.0
+            if now - started > self.config.max_seconds:
+                break
         passed += [False] * (tests.count - len(passed))
         return combine(self.config.mode, passed, tests)
 
     def _outcomes(self, question: Question, tests: CodeTests, source: str) -> Iterator[tuple[Run, bool]]:
-        """Each test's run and whether it passed, in order, as long as there is time."""
-        config = self.config
-        limits = limits_for(tests, config.limits, question)
-        end = time.monotonic() + config.max_seconds
+        """Each test's run and whether it passed, in order."""
+        limits = limits_for(tests, self.config.limits, question)
+        if limits.wall_seconds > self.config.max_seconds:
+            limits = limits.model_copy(update={"wall_seconds": self.config.max_seconds})
         executor = self._open()
         if tests.stdin:
             program = Program(tests.language, f"{tests.prelude}\n{source}" if tests.prelude else source)
             runs = executor.run(program, [test.input for test in tests.stdin], limits)
             for test, run in zip(tests.stdin, runs, strict=False):
                 yield run, run.status == "ok" and self._same(run.stdout, test.output)
-                if time.monotonic() > end:
-                    return
-        checks = checks_of(tests, config.float_tolerance)
+        checks = checks_of(tests, self.config.float_tolerance)
         if checks:
             for run in executor.check(Program(tests.language, source), tests.prelude, checks, limits):
                 yield run, run.status == "ok"
-                if time.monotonic() > end:
-                    return
 
     def _same(self, printed: str, expected: str) -> bool:
         if self.config.compatible == "open-r1":

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterator
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*?)[ \t]*\r?$")
+# Possessive: a long line that is no fence after all must not be tried again at every length.
+_FENCE = re.compile(r" {0,3}(`{3,}+|~{3,}+)([^`\n]*+)$")
 _LABELS = {
     "python": {"python", "python3", "py"},
     "cpp": {"cpp", "c++", "cc", "cxx"},
@@ -17,8 +18,8 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
         match = _FENCE.match(line)
         if not fence:
             if match:
-                fence, label, content = match[1], match[2].lower().partition(" ")[0], []
-        elif match and match[1].startswith(fence) and not match[2]:
+                fence, label, content = match[1], match[2].strip().lower().partition(" ")[0], []
+        elif match and match[1].startswith(fence) and not match[2].strip():
             yield label, "\n".join(content) + "\n"
             fence = ""
         else:

@@ -56,16 +56,28 @@ class Judge:
         self._tasks = list(tasks)
         self._workers = workers
         self._verifiers: Verifiers | None = None
+        self._starting: list[Future[list[Verdict]]] = []
         self._submitted: list[_Submitted] = []
         self.counters: Counter[str] = Counter(verifier_timeouts=0, verifier_crashes=0)
-        """Verifications that scored 0 because they ran past the time limit, or died or raised."""
+        """Verifications that ran past the time limit, or died or raised: `failure_score` of the reward, mostly 0."""
 
     def __enter__(self) -> Self:
         if self._isolated:
             self._verifiers = Verifiers(self._isolated, self._tasks, self._workers, self._limits)
-            for _ in range(self._workers):  # have the processes ready by the time they are needed
-                self._verifiers.submit([])
+            self._starting = [self._verifiers.submit([]) for _ in range(self._workers)]
+        for name, reward in self._rewards.items():
+            if name not in self._isolated:
+                reward.prepare()
         return self
+
+    def wait_until_ready(self) -> None:
+        """Wait for the worker processes, which start by themselves.
+
+        Raises:
+            UserError: what a reward or a task needs is missing; says what.
+        """
+        for started in self._starting:
+            started.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -138,8 +150,11 @@ class Judge:
         for (name, question, sample), verdict in zip(samples, verdicts, strict=True):
             if verdict.error is not None:
                 self.counters["verifier_timeouts" if verdict.timed_out else "verifier_crashes"] += 1
-                log.warning("reward %r of question %s scores 0: %s", name, question.id, verdict.error)
-            self._store(name, [sample], [verdict.score if verdict.error is None else 0.0])
+                failed = self._rewards[name].failure_score
+                log.warning("reward %r of question %s scores %g: %s", name, question.id, failed, verdict.error)
+                self._store(name, [sample], [failed])
+            else:
+                self._store(name, [sample], [verdict.score])
 
     def _store(self, name: str, samples: Sequence[Sample], values: Sequence[float | None]) -> None:
         if len(values) != len(samples):

@@ -136,8 +136,7 @@ class _Worker:
         return message
 
     def _ensure_running(self) -> None:
-        if self._closed.is_set():
-            raise EngineError("the judge was closed while it was verifying")
+        self._leave_if_closed()
         if self._process is not None and self._process.is_alive():
             return
         self._connection, theirs = _CONTEXT.Pipe()
@@ -150,6 +149,7 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._process = process  # only now: `close` may come from another thread, and kills what has started
         theirs.close()
+        self._leave_if_closed()  # it came before that, and killed nothing
         try:
             ready = self._receive(_START_LIMIT)
         except TimeoutError as error:
@@ -160,3 +160,8 @@ class _Worker:
                 f"a reward worker died at start (exit code {self.kill()}); its own message stands above"
             ) from error
         assert isinstance(ready, Ready)
+
+    def _leave_if_closed(self) -> None:
+        if self._closed.is_set():
+            self.kill(grace=0)
+            raise EngineError("the judge was closed while it was verifying")

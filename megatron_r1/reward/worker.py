@@ -44,6 +44,8 @@ def serve(connection: Connection, rewards: dict[str, Component], tasks: Sequence
         for task in tasks:
             component.build("task", task)
         built: dict[str, Reward] = {name: component.build("reward", section) for name, section in rewards.items()}
+        for reward in built.values():
+            reward.prepare()
         connection.send(Ready())
         while True:
             for name, group in connection.recv():

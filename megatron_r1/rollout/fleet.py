@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -150,7 +151,8 @@ class Fleet:
         if room < 1 or not prompt:
             raise DataError(
                 f"prompt {index} of the batch has {len(prompt)} tokens; it needs at least 1, and fewer than "
-                f"rollout.max_model_len = {self.section.max_model_len} to leave room for a response"
+                f"rollout.max_model_len = {self.section.max_model_len} to leave room for a response "
+                "(`megatron-r1 data filter` with [length] drops longer ones from a data set)"
             )
         return min(room, sampling.max_tokens)
 
@@ -179,12 +181,11 @@ class Fleet:
         """
         asked = time.monotonic()
         while True:
-            try:
+            for future in futures:
+                if future.done():
+                    future.result()
+            with suppress(Empty):
                 return arrived.get(timeout=POLL_SECONDS)
-            except Empty:
-                for future in futures:
-                    if future.done():
-                        future.result()
             if time.monotonic() - asked > HEALTH_SECONDS:
                 asked = time.monotonic()
                 self._check_answering()

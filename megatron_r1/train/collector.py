@@ -15,7 +15,7 @@ from megatron_r1.report.run import Report
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scoring import scored_groups
-from megatron_r1.types import Group, Question
+from megatron_r1.types import Group, Question, Sample
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 
 
@@ -52,7 +52,12 @@ class Collector:
         self, questions: Sequence[Question], n: int, seed: int, temperature: float | None = None
     ) -> list[Group]:
         """`n` scored samples of each question: {o_i} ~ pi_old(.|q) and r_i."""
-        return from_first_rank(lambda: self._collect(questions, n, seed, temperature))
+
+        def answered() -> list[tuple[list[int], list[Sample]]]:
+            return [(group.prompt_tokens, group.samples) for group in self._collect(questions, n, seed, temperature)]
+
+        # Every rank has the questions, and those of code bring megabytes of tests.
+        return [Group(question, *parts) for question, parts in zip(questions, from_first_rank(answered), strict=True)]
 
     def _open(self) -> None:
         config = self._config
@@ -69,6 +74,7 @@ class Collector:
                 self._fleet = self._stack.enter_context(
                     Fleet(config.rollout, config.model.path, config.output, config.model.dtype, self._tokenizer.decode)
                 )
+                self._judge.wait_until_ready()
             self._sync = SharedMemorySync(self._fleet, fallback=config.output / "sync")
             self._stack = self._stack.pop_all()
 

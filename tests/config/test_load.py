@@ -140,6 +140,21 @@ def test_rewards_default_to_those_of_the_task(rl_file: Path) -> None:
     assert config.rewards["task"]["partial_credit"] is False
 
 
+def test_each_task_is_scored_by_its_own_defaults(rl_file: Path) -> None:
+    config = load(rl_file, ["--rewards={}", '--heldout.task={ type = "human_eval" }'], RLConfig)
+    assert set(config.rewards) == {"task", "code", "format"}
+    assert (config.data.rewards, config.heldout.rewards) == (["task", "format"], ["code", "format"])
+    assert load(rl_file, [], RLConfig).heldout.rewards is None
+
+
+def test_a_section_names_rewards_that_exist(rl_file: Path) -> None:
+    assert load(rl_file, ['--heldout.rewards=["accuracy"]'], RLConfig).heldout.rewards == ["accuracy"]
+    assert (
+        "heldout.rewards names 'acuracy', did you mean 'accuracy'?, which [rewards] does not have; it has accuracy"
+        in (refusal(rl_file, '--heldout.rewards=["acuracy"]'))
+    )
+
+
 def test_missing_key(rl_file: Path) -> None:
     rl_file.write_text(rl_file.read_text().replace("lr = 1e-4", ""))
     assert "'optim.lr' is missing" in refusal(rl_file)

@@ -130,7 +130,7 @@ def test_a_hub_id_is_never_a_local_path(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match=r"form of a hub id.*write '\./lab/set'"):
         len(records("lab/set"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot load nobody/nothing \(name None, split train\)"):
+    with pytest.raises(DataError, match=r"cannot load nobody/nothing \(split train\).*id of the hub"):
         len(records("nobody/nothing"))
 
 
@@ -158,8 +158,6 @@ def test_columns_that_are_not_there() -> None:
         records(source).require("answer", "problem")
     with pytest.raises(ConfigError, match="no field 'promblem', did you mean 'problem'"):
         Records(RecordsConfig(source=source, columns={"promblem": "question"}), fields=["problem"])
-    assert records(source).has("answer")
-    assert not records(source).has("problem")
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", 7, ["a"]])

@@ -68,6 +68,18 @@ class Echo(Reward):
         return [None if sample.correct is None else float(sample.correct) for sample in group.samples]
 
 
+class Unprepared(Hostile):
+    """Needs what this machine does not have, and gives less than 0."""
+
+    @property
+    def failure_score(self) -> float:
+        return -1.0
+
+    def prepare(self) -> None:
+        if os.environ.get("TEST_UNPREPARED"):
+            raise ConfigError("this machine has no abacus")
+
+
 class Undecided(Hostile):
     """Asks for what cannot be: a verdict of others, in a process that does not see them."""
 

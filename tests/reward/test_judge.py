@@ -75,6 +75,18 @@ def test_a_question_names_its_rewards() -> None:
         judge([asked])
 
 
+def test_what_a_reward_needs_is_missed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"type": "tests.reward.hostile:Unprepared"}
+    with Judge({"it": section}, workers=1, timeout=60.0) as judge:
+        judge.wait_until_ready()
+        asked = group("1", "exit")
+        judge([asked])
+    assert parts(asked, "it") == [1.0, -1.0]
+    monkeypatch.setenv("TEST_UNPREPARED", "1")
+    with Judge({"it": section}, workers=1) as judge, pytest.raises(ConfigError, match="no abacus"):
+        judge.wait_until_ready()
+
+
 def test_correctness_comes_first() -> None:
     rewards = {"echo": {"type": "tests.reward.hostile:Echo"}, "right": {"type": "tests.reward.hostile:Patient"}}
     asked = group("1", "0.9", "none", "1.1")

@@ -1,12 +1,17 @@
 """What a task is: a source of problems by number, which may also verify an answer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from megatron_r1.config.section import Component, Section
 from megatron_r1.errors import ConfigError
+from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Question
+
+PATIENCE = 1000
+"""Rejected problems in a row after which a task counts as exhausted."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,27 @@ class Task(ABC):
         A task with a `size` gives each problem once before any a second time, in an order that `seed` shuffles.
         """
 
+    def stream(self, seed: int, exclude: frozenset[str]) -> Callable[[int], Problem]:
+        """Problems by position in stream `seed`, without those whose text is in `exclude`.
+
+        Each is the same whatever was drawn before, so there is nothing to save or restore. Here an excluded problem is
+        replaced by the one at its place in another stream.
+
+        Raises:
+            ConfigError: the task yields nothing but excluded problems; the stream raises it as well.
+        """
+
+        def problem(index: int) -> Problem:
+            source = seed
+            for attempt in range(PATIENCE):
+                found = self.problem(source, index)
+                if found.text not in exclude:
+                    return found
+                source = stream_seed("substitute", seed, attempt)
+            raise dry(self, len(exclude))
+
+        return problem
+
     def verify(self, question: Question, answer: str) -> float:
         """Score of `answer`, from 0 (wrong) to 1 (right).
 
@@ -70,3 +96,11 @@ class Task(ABC):
         raise ConfigError(
             f"task {question.task!r} cannot verify answers by itself: score it by another reward than type = 'task'"
         )
+
+
+def dry(task: Task, taken: int) -> ConfigError:
+    """A task has no problem left that may be drawn."""
+    return ConfigError(
+        f"task {task.name!r} ran dry: all its questions, or its last {PATIENCE}, were held out or seen before "
+        f"({taken:,} texts are taken); ask for fewer questions or widen the task's options"
+    )

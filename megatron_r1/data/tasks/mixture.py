@@ -1,5 +1,6 @@
 """Several tasks as one, in given shares."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -64,18 +65,20 @@ class Mixture(Task):
         return "mixture"
 
     def problem(self, seed: int, index: int) -> Problem:
-        name, number = self.place(seed, index)
-        return self.label(name, self.tasks[name].problem(self.member_seed(seed, name), number))
+        name, number = self._shares.place(seed, index)
+        return self._labelled(name, self.tasks[name].problem(stream_seed("member", seed, name), number))
 
-    def place(self, seed: int, index: int) -> tuple[str, int]:
-        """The member that position `index` of stream `seed` belongs to, and the number of its problem there."""
-        return self._shares.place(seed, index)
+    def stream(self, seed: int, exclude: frozenset[str]) -> Callable[[int], Problem]:
+        """See `Task.stream`. Each member has a stream of its own, so the shares stay what they are."""
+        streams = {name: task.stream(stream_seed("member", seed, name), exclude) for name, task in self.tasks.items()}
 
-    def member_seed(self, seed: int, name: str) -> int:
-        """Seed of a member's own stream, within stream `seed` of the mixture."""
-        return stream_seed("member", seed, name)
+        def problem(index: int) -> Problem:
+            name, number = self._shares.place(seed, index)
+            return self._labelled(name, streams[name](number))
 
-    def label(self, name: str, problem: Problem) -> Problem:
+        return problem
+
+    def _labelled(self, name: str, problem: Problem) -> Problem:
         """A member's problem with all that its question has to carry."""
         member = self._members[name]
         names = tuple(self.tasks[name].default_rewards) if member.rewards is None else tuple(member.rewards)

@@ -14,15 +14,21 @@ from megatron_r1.config.section import Section
 from megatron_r1.reward import symbolic
 from megatron_r1.reward.base import Reward
 from megatron_r1.reward.claims import after_anchor, boxes, claims, tidy
-from megatron_r1.reward.numerals import Listing, Numeral, listing, numeral, same, same_listing, without_unit
+from megatron_r1.reward.numerals import Numeral, numeral, same, without_unit
 from megatron_r1.reward.response import AnswerIn, extract_answer, response
 from megatron_r1.types import Group
 
-_SIDES = re.compile(r"(?<![<>!\\])=")
-_ARGUMENTS = re.compile(r"(?<=[A-Za-z}])(?:_(?:\{[^{}]*\}|\w)|\^\{?\d\}?|\([^()]*\))")
+_SIDES = re.compile(r"(?<![<>!\\])=(?![^()]*\))")
+_ARGUMENTS = re.compile(
+    r"(?<=\\(?:sin|cos|tan))\s*\d+|(?<=[A-Za-z}|])(?:\[[^\[\]]*\]|_(?:\{[^{}]*\}|\w)|\^\{?\d\}?|\([^()]*\))"
+)
 _LETTERS = re.compile(r"[A-Za-z\\{}|' +-]*")
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]")
+_DATE = re.compile(r"(?:\\boxed\{)?\\text\s*\{\s*[A-Z][a-z]{2,} \d+\s*\}\}?")
+"""And other names with a number, such as `\\text{June 20}`."""
+_ENUMERATION = re.compile(r"(\\\{|[(\[])[^()\[\]]*,[^()\[\]]*(\\\}|[)\]])")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
-_PHRASE = re.compile(r"[^\W\d_]+(?: [^\W\d_]+){0,3}")
+_PHRASE = re.compile(r"[^\W\d_]+(?: [^\W\d_]+){0,3}(?: \d+)?")
 _OPEN_R1 = LatexExtractionConfig(
     try_extract_without_anchor=False,
     boxed_match_priority=0,
@@ -45,8 +51,9 @@ class Accuracy(Reward):
     What an answer claims are its boxes or, without a box, the one expression that it states. An answer that claims
     several things is right only where all of them are; those of a reference set such as `1, 2` may stand in several
     boxes. A reference that is a plain number wants a number that has been worked out: an integer, decimal, fraction,
-    percentage or power of ten, perhaps behind `x =` and before a unit (units are not compared), but not `2 + 3` or an
-    integral. Anything else goes to math-verify behind the guards of `symbolic.py`.
+    percentage or power of ten, perhaps behind `x =` and before a unit (units are not compared). `2 + 3`, `2^{10}` or
+    an integral may be the question said again, and to pay for them is to pay for leaving out the last step. Anything
+    else goes to math-verify behind the guards of `symbolic.py`.
     """
 
     class Config(Section):
@@ -84,7 +91,6 @@ class Reference:
     """Tidy LaTeX, or a phrase in lower case."""
     word: bool = False
     numeral: Numeral | None = None
-    listing: Listing | None = None
 
 
 def math_score(reference: str, answer: str | None, require_boxed: bool = False) -> float | None:
@@ -111,7 +117,7 @@ def math_score(reference: str, answer: str | None, require_boxed: bool = False) 
 def read_reference(text: str) -> Reference | None:
     """What a reference answer stands for, or None where no rule can compare it."""
     stated = claims(text)
-    if not stated:
+    if not stated or _DATE.fullmatch(text.strip(" $")):
         phrase = _phrase((boxes(text) or [text])[-1])
         # Several words are a name for one thing only where they are marked as a text.
         known = phrase is not None and (" " not in phrase or r"\text" in text)
@@ -120,7 +126,7 @@ def read_reference(text: str) -> Reference | None:
     joined = ", ".join(stated)
     if number := numeral(without_unit(joined)):
         return Reference(joined, numeral=number)
-    return None if symbolic.parse(joined) is None else Reference(joined, listing=listing(joined))
+    return None if symbolic.parse(joined) is None else Reference(joined)
 
 
 def open_r1_score(reference: str, text: str) -> float | None:
@@ -145,18 +151,26 @@ def _right(expected: Reference, claim: str) -> bool:
     if _tight(claim) == _tight(expected.text):
         return True
     if expected.numeral is None:
-        stated = listing(claim) if expected.listing else None
-        if expected.listing and stated and expected.listing.brackets == stated.brackets:
-            return same_listing(expected.listing, stated)
-        return symbolic.equal(expected.text, claim)
+        ours, theirs = _ENUMERATION.fullmatch(expected.text), _ENUMERATION.fullmatch(claim)
+        if ours and theirs and ours.groups() != theirs.groups():
+            return False  # a set, a point and the kinds of intervals, which math-verify tells apart only sometimes
+        return symbolic.equal(expected.text, claim if _VARIABLE.search(expected.text) else without_unit(claim))
     if len(claim) > max(symbolic.MAX_LENGTH, 4 * len(expected.text)):
         return False
     # `x = 2 + 3 = 5` claims 5: the last side is the number, the others may not be something else.
-    *others, last = _SIDES.split(symbolic.exact(claim))
+    exact = symbolic.rounded if expected.numeral.decimal else symbolic.exact
+    *others, last = _SIDES.split(exact(claim))
     number = numeral(without_unit(last))
     if number is None or not same(expected.numeral, number):
         return False
-    return all(_is_name(side) or symbolic.equal(expected.text, side.strip()) for side in others)
+    return all(_is_name(side) or _is_value(expected, side.strip()) for side in others)
+
+
+def _is_value(expected: Reference, side: str) -> bool:
+    number = numeral(side)
+    if number is None:
+        return symbolic.equal(expected.text, side)
+    return expected.numeral is not None and same(expected.numeral, number)
 
 
 def _is_name(side: str) -> bool:

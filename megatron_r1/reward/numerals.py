@@ -6,8 +6,6 @@ from fractions import Fraction
 
 MAX_DIGITS = 1000
 """Digits of a numeral that is read as a number; longer ones are only compared as text."""
-MAX_ELEMENTS = 50
-"""Of a set or tuple that is read here."""
 MAX_POWER = 400
 """Largest power of ten in scientific notation."""
 _RELATIVE = Fraction(1, 10**5)
@@ -23,11 +21,9 @@ _SCIENTIFIC = re.compile(
 )
 _PERCENT = re.compile(r"(?i)\s*(?:%|percent|per cent|pct)$")
 _UNIT = re.compile(
-    r"\s*(?:[cdkm]?m|[mk]?g|[mcd]?[lL]|k?[JNWVPA]|k?Hz|mol|in|ft|yd|mi|lbs?|oz|h|hr|min|m?s|mph|[CF])"
-    r"(?:\s*\^\s*\{?[-\d]\}?)?(?:\s*/\s*(?:[ck]?m|s|h|hr|min)(?:\s*\^\s*\{?\d\}?)?)?$"
+    r"\s*(?:(?:[aApP]\.?[mM]|[cdkm]?m|[mk]?g|[mcd]?[lL]|k?[JNWVPA]|k?Hz|mol|in|ft|yd|mi|lbs?|oz|h|hr|min|m?s|mph|[CF])"
+    r"(?:\s*\^\s*\{?[-\d]\}?)?)?(?:\s*/\s*(?:[ck]?m|s|h|hr|min)(?:\s*\^\s*\{?\d\}?)?)?$"
 )
-_LISTING = re.compile(r"(\\\{|[(\[]|)([^\\(){}\[\]]*(?:\\(?:frac|infty)[^\\()\[\]]*)*)(\\\}|[)\]]|)")
-_INFINITE = {r"\infty": "oo", r"+\infty": "oo", r"-\infty": "-oo"}
 _BRACKETS = [("{", "}"), (r"\{", r"\}"), ("(", ")"), ("[", "]")]
 
 
@@ -44,14 +40,11 @@ class Numeral:
 
 def numeral(text: str) -> Numeral | None:
     """The number that tidy `text` writes down, or None where it is anything that has to be computed first."""
-    text = text.strip()
-    for left, right in _BRACKETS:
-        if text.startswith(left) and text.endswith(right):
-            text = text[len(left) : len(text) - len(right)].strip()
+    text = _bare(text)
     without = _PERCENT.sub("", text)
     percent = without != text
     sign = -1 if without.startswith("-") else 1
-    value = _unsigned(without[1:].strip() if without[:1] in ("-", "+") else without)
+    value = _unsigned(_bare(without[1:]) if without[:1] in ("-", "+") else without)
     return (
         None
         if value is None
@@ -59,37 +52,12 @@ def numeral(text: str) -> Numeral | None:
     )
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Plain numbers in brackets: an interval, a tuple or, in curly ones or none, a set."""
-
-    brackets: str
-    values: tuple[Numeral | str, ...]
-    """In order, those of a set by size; `-oo` and `oo` are the ends of an interval."""
-
-
-def listing(text: str) -> Listing | None:
-    """The set, tuple or interval of plain numbers that tidy `text` writes down, or None."""
-    parts = _LISTING.fullmatch(text)
-    if not parts or text.count(",") > MAX_ELEMENTS:
-        return None
-    values = [_INFINITE.get(part.replace(" ", "")) or numeral(part) for part in parts[2].split(",")]
-    known = [value for value in values if value is not None]
-    if len(known) < max(2, len(values)):
-        return None
-    brackets = parts[1] + parts[3]
-    if brackets not in ("", r"\{\}"):
-        return Listing(brackets, tuple(known))
-    finite = {value.value: value for value in known if isinstance(value, Numeral)}
-    return Listing("", tuple(finite[value] for value in sorted(finite))) if len(finite) > 1 else None
-
-
-def same_listing(reference: Listing, answer: Listing) -> bool:
-    """Whether brackets and numbers agree."""
-    if reference.brackets != answer.brackets or len(reference.values) != len(answer.values):
-        return False
-    pairs = zip(reference.values, answer.values, strict=True)
-    return all(same(a, b) if isinstance(a, Numeral) and isinstance(b, Numeral) else a == b for a, b in pairs)
+def _bare(text: str) -> str:
+    text = text.strip()
+    for left, right in _BRACKETS:
+        if text.startswith(left) and text.endswith(right):
+            text = text[len(left) : len(text) - len(right)].strip()
+    return text
 
 
 def without_unit(text: str) -> str:

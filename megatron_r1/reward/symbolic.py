@@ -50,7 +50,9 @@ _BARE = re.compile(
     r"(?![A-Za-z])"
 )
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
+_DECIMAL = re.compile(r"-?\d{0,12}\.\d{1,12}")
 _NAME = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?|\([^()]*\))?\s*")
+_BASE = re.compile(r"\d\s*_\s*\{?\s*(\w+)")
 _TWO_NUMBERS = re.compile(r"\d\s+[\d.]|\d\s*\\(?:boxed|phantom)")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1},}}")
 _EXPONENT = re.compile(r"([)}\]]?)\s*\^\s*\{?\s*\(?\s*[-+]?\s*(\d+)")
@@ -74,15 +76,17 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 def parse(text: str) -> Any:
     """The sympy object that tidy LaTeX stands for, or None."""
     text = _BARE.sub(r"\\\1", exact(text))
+    if text.count(":") > 1:  # which math-verify divides: 1:2:3 is a triple
+        text = f"({text.replace(':', ',')})"
     found = math_verify.parse(rf"\boxed{{{text}}}", [_SETTINGS], fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
+    return _solutions(found[0]) if found else None
 
 
 def equal(reference: str, answer: str) -> bool:
     """Whether two tidy LaTeX texts stand for the same mathematical object; the reference has been parsed before."""
     if not readable(answer, reference):
         return False
-    expected, found = parse(reference), parse(answer)
+    expected, found = _aligned(parse(reference), parse(answer))
     if found is None or _postpones(found, expected) or refuted(expected, found) or not _consistent(found, expected):
         return False
     if expected != found and _is_relation(found) and _is_relation(expected) and not _solvable(expected, found):
@@ -104,6 +108,8 @@ def readable(answer: str, reference: str) -> bool:
     unusual = {name for name in _COMMAND.findall(answer) if not _KNOWN.fullmatch(name)}
     if not unusual <= set(_COMMAND.findall(reference)):
         return False
+    if not set(_BASE.findall(answer)) <= set(_BASE.findall(reference)) or answer.count(":") != reference.count(":"):
+        return False  # math-verify reads 1011_3 as 1011
     if (
         _TWO_NUMBERS.search(answer)
         or _LONG_NUMBER.search(answer)
@@ -133,6 +139,18 @@ def exact(text: str) -> str:
     return rest[0] if _NAME.fullmatch(head) or not head.strip() else head
 
 
+def rounded(text: str) -> str:
+    r"""The decimal of `4\pi \approx 12.57` where it is the other side, rounded; what `exact` says where it is not."""
+    sides = _APPROXIMATELY.split(text)
+    head, decimal = sides[0].rpartition("=")[2], sides[-1].strip()
+    if len(sides) == 2 and _DECIMAL.fullmatch(decimal) and readable(head, ""):
+        value = parse(head)
+        places = len(decimal.partition(".")[2])
+        if getattr(value, "is_number", False) and abs(value.evalf(15) - sympy.Float(decimal)) <= 0.51 * 10.0**-places:
+            return decimal
+    return exact(text)
+
+
 def _nesting(text: str) -> int:
     """How deep brackets stand in brackets; beyond all limits where braces do not match."""
     depth = deepest = braces = 0
@@ -146,6 +164,42 @@ def _nesting(text: str) -> int:
 def _postpones(found: Any, expected: Any) -> bool:
     """Whether an answer leaves something to be worked out that the reference does not."""
     return any(found.has(kind) and not expected.has(kind) for kind in _TO_BE_WORKED_OUT)
+
+
+def _aligned(expected: Any, found: Any) -> tuple[Any, Any]:
+    """Both, and `x = 1, y = 2` as `(1, 2)` where the other is one: math-verify would compare them as sets."""
+    if isinstance(found, sympy.Tuple | sympy.Interval):
+        return _by_name(expected), found
+    if isinstance(expected, sympy.Tuple | sympy.Interval):
+        return expected, _by_name(found)
+    return expected, found
+
+
+def _by_name(value: Any) -> Any:
+    parts = value.args if isinstance(value, sympy.FiniteSet) else ()
+    if not parts or not all(isinstance(part, sympy.Eq) and part.lhs.is_Symbol for part in parts):
+        return value
+    values = {part.lhs.name: part.rhs for part in parts}
+    return sympy.Tuple(*(values[name] for name in sorted(values))) if len(values) == len(parts) > 1 else value
+
+
+def _solutions(value: Any) -> Any:
+    """`x < 2, x > 3` as a union; where the inequalities leave something in common they hold together."""
+    parts = value.args if isinstance(value, sympy.FiniteSet) and len(value.args) <= MAX_NESTING else ()
+    links = [link for part in parts for link in (part.args if isinstance(part, And) else [part])]
+    if len(parts) < 2 or not all(_is_ray(link) for link in links) or len(value.free_symbols) != 1:
+        return value
+    sets = [part.as_set() for part in parts]
+    common = sympy.Intersection(*sets)
+    return sympy.Union(*sets) if common is sympy.S.EmptySet else common
+
+
+def _is_ray(link: Any) -> bool:
+    return (
+        isinstance(link, Relational)
+        and not isinstance(link, sympy.Eq)
+        and any(side.is_Symbol and other.is_number for side, other in (link.args, link.args[::-1]))
+    )
 
 
 def _is_relation(value: Any) -> bool:

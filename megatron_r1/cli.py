@@ -141,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         family, _, action = name.rpartition(" ")
         if family not in groups:
-            shared = groups[""].add_parser(family, help=f"{family} commands", allow_abbrev=False)
+            actions = ", ".join(other.removeprefix(f"{family} ") for other in VERBS if other.startswith(f"{family} "))
+            shared = groups[""].add_parser(family, help=actions, allow_abbrev=False)
             groups[family] = shared.add_subparsers(metavar="ACTION", required=True)
         command = groups[family].add_parser(action, help=verb.help, description=verb.help, allow_abbrev=False)
         command.add_argument("config", type=Path, metavar="run.toml")

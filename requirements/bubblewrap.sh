@@ -20,7 +20,7 @@ download() {
 }
 
 unpack() {
-    command -v apt-get dpkg >/dev/null || return 1
+    command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
     download || { [[ $(id -u) == 0 ]] && apt-get update >/dev/null 2>&1 && download; } || return 1
     dpkg -x "$folder"/bubblewrap_*.deb "$folder" && "$folder/usr/bin/bwrap" --version >/dev/null || return 1
     # Beside, then renamed: an interrupted copy must not be taken for the program.

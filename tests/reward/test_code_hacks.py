@@ -27,6 +27,7 @@ FUNCTION = question(
         f"assert secret(3) in [{SECRETS[3]}]",
         f"assert not secret(3) != {SECRETS[3]}",
         f"import math\nassert math.isclose(secret(3), {SECRETS[3]})",
+        f"assert math.isclose(secret(3), {SECRETS[3]})",
         f"assert str(secret(3)) == '{SECRETS[3]}'",
         f"assert {{secret(3): 1}} == {{{SECRETS[3]}: 1}}",
         f"match secret(3):\n    case {SECRETS[3]}: pass\n    case _: raise ValueError",
@@ -132,6 +133,9 @@ FUNCTIONS = {
     "all, abs, map, str replaced": "import builtins\nbuiltins.all = builtins.abs = builtins.map = builtins.str = "
     "lambda *a: True\n" + WRONG,
     "json and math replaced": "import json, math\njson.loads = lambda text: 0\nmath.isclose = lambda *a: True\n"
+    + WRONG,
+    "a module of its own": "class math:\n    isclose = lambda *a, **k: True\n" + WRONG,
+    "a module in its place": "import sys, types\nmath = sys.modules['math'] = types.SimpleNamespace(isclose=max)\n"
     + WRONG,
     "import replaced": "import builtins\nbuiltins.__import__ = lambda *a, **k: None\n" + WRONG,
     "check redefined": "def check(candidate): pass\ncandidate = None\n_same_value = lambda *a: True\n" + WRONG,

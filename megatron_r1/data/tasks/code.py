@@ -29,7 +29,10 @@ class Code(RecordsTask):
         """How many tests that are Python statements the prompt shows."""
 
     required: ClassVar[tuple[str, ...]] = ("problem",)
-    optional: ClassVar[tuple[str, ...]] = (*_TESTS, "starter_code", "prelude", "time_limit", "memory_limit")
+    optional: ClassVar[tuple[str, ...]] = (
+        *(*_TESTS, "starter_code", "prelude", "test_imports", "test_setup_code"),
+        *("time_limit", "memory_limit"),
+    )
     template: ClassVar[str] = "r1_zero_code"
     default_rewards: ClassVar[dict[str, Component]] = {"code": {"type": "code"}, "format": {"type": "format"}}
 

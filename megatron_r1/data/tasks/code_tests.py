@@ -26,7 +26,7 @@ def code_tests(row: Row, value: Any, language: str | None) -> dict[str, Any]:
     """The tests of a row in the form of `CodeTests`, without what is empty.
 
     Args:
-        row: for `starter_code`, `prelude`, `time_limit` (seconds), `memory_limit` (MB), and its place.
+        row: for `starter_code`, what `_prelude` reads, `time_limit` (seconds), `memory_limit` (MB), and its place.
         value: one of: that form itself; APPS and TACO (`inputs`, `outputs`, `fn_name`); `test_cases` of open-r1's
             `verification_info`; a list of `{input, output}`; MBPP's list of asserts. JSON text of any of them.
         language: of the programs, unless the tests name it.
@@ -38,7 +38,7 @@ def code_tests(row: Row, value: Any, language: str | None) -> dict[str, Any]:
         method = "class Solution" in str(row.get("starter_code"))
         shaped = _shaped(_plain(value), method)
         shaped.setdefault("language", language or "python")
-        shaped.setdefault("prelude", row.get("prelude") or (_METHOD_PRELUDE if method else ""))
+        shaped.setdefault("prelude", _prelude(row) or (_METHOD_PRELUDE if method else ""))
         shaped["limits"] = {**_limits(row), **(shaped.get("limits") or {})}
         tests = CodeTests.model_validate_json(json.dumps(shaped), strict=True)
     except ValidationError as error:
@@ -49,6 +49,13 @@ def code_tests(row: Row, value: Any, language: str | None) -> dict[str, Any]:
     if not tests.count:
         raise DataError(f"{row.place}: there is no test: at least one of stdin, calls, asserts is needed")
     return tests.model_dump(exclude_defaults=True) | {"language": tests.language}
+
+
+def _prelude(row: Row) -> str:
+    """Source that the tests need: `prelude`, or MBPP's `test_imports` (a list) and `test_setup_code`."""
+    imports = row.get("test_imports")
+    parts = [row.get("prelude"), *(imports if isinstance(imports, list) else [imports]), row.get("test_setup_code")]
+    return "\n".join(str(part) for part in parts if part)
 
 
 def _plain(value: Any) -> Any:

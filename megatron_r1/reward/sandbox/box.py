@@ -1,5 +1,6 @@
 """A box: processes without rights, a command in, a line of JSON out."""
 
+import contextlib
 import fcntl
 import json
 import marshal
@@ -7,8 +8,7 @@ import os
 import select
 import time
 from subprocess import Popen
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from megatron_r1.config.sandbox import Limits
 from megatron_r1.errors import EngineError
@@ -55,24 +55,17 @@ class Jail(Protocol):
 
 
 class Box:
-    """One started box. `Pool.take` gives it away once; a context manager whose end kills everything in it."""
+    """One started box. `Pool.take` gives it away once, and kills everything in it at the end."""
 
     def __init__(self, jail: Jail) -> None:
         """Take over processes that were just started; does not wait for them."""
         self._jail = jail
         self._limits = Limits()
         self._leader: int | None = None
+        self._watched = 0.0
         self._received = bytearray()
         self._commands, self._replies = _pipes(jail.process)
         self._write(bundle(), time.monotonic() + START_SECONDS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
     def begin(self, limits: Limits) -> None:
         """Wait until it answers; from now on these limits hold.
@@ -87,7 +80,12 @@ class Box:
                 self._stop("failed", "the box died")
         except (Stopped, EngineError) as error:
             raise EngineError(f"a sandbox did not start ({error}): {self._last_words()}") from None
-        self._leader, self._limits = leader, limits
+        self._leader, self._watched = leader, time.monotonic()
+        self.limit(limits)
+
+    def limit(self, limits: Limits) -> None:
+        """From now on its processes together keep to these."""
+        self._limits = limits
 
     def send(self, command: dict[str, Any]) -> None:
         """Give a command: `do` names one of `inside.main.COMMANDS`, the other keys are its arguments.
@@ -98,29 +96,30 @@ class Box:
         data = marshal.dumps(command)
         self._write(len(data).to_bytes(4, "big") + data, time.monotonic() + self._limits.wall_seconds)
 
-    def receive(self, deadline: float, most: int = 1 << 20) -> dict[str, Any]:
+    def receive(self, deadline: float, most: int = 1 << 20, beside: "Box | None" = None) -> dict[str, Any]:
         """The next reply. Nothing in it can be trusted: a program may have written it.
 
         Args:
             deadline: by `time.monotonic()`.
             most: length of the reply in bytes.
+            beside: another box, which is watched meanwhile: what runs there need not wait.
 
         Raises:
             Stopped: the box is dead: no reply in time, one too long or not JSON, or more of a limit than all its
                 processes may have.
         """
         searched = 0
-        watched = time.monotonic()
-        while (end := self._received.find(b"\n", searched)) < 0:
+        while True:
+            for box in filter(None, (self, beside)):
+                box.watch()
+            if (end := self._received.find(b"\n", searched)) >= 0:
+                break
             searched = len(self._received)
             now = time.monotonic()
             if searched > most:
                 self._stop("output", f"a reply of more than {most} bytes")
             if now >= deadline:
                 self._stop("timeout", "no reply in time")
-            if now - watched >= TICK:
-                self._watch()
-                watched = now
             if self._wait(self._replies, select.POLLIN, min(TICK, deadline - now)):
                 piece = os.read(self._replies, 1 << 20)
                 if not piece:
@@ -131,6 +130,25 @@ class Box:
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         return self._parse(line)
+
+    def watch(self) -> None:
+        """See that its processes together keep to the limits, once a `TICK`, however often it is called.
+
+        Raises:
+            Stopped: they did not; the box is dead.
+        """
+        if self._leader is None or time.monotonic() - self._watched < TICK:
+            return
+        used = usage(self._leader, 2 * self._limits.processes)
+        if used.tasks - 1 > self._limits.processes:
+            self._stop("failed", f"more than {self._limits.processes} processes and threads")
+        if used.descriptors > OPEN_FILES * self._limits.files:
+            self._stop("failed", f"more than {OPEN_FILES * self._limits.files} open files")
+        if used.memory_kib > self._limits.memory_mib << 10:
+            self._stop("memory", f"more than {self._limits.memory_mib} MiB")
+        if self._jail.files() > SMALL_FILES:
+            self._stop("memory", f"more than {SMALL_FILES} files")
+        self._watched = time.monotonic()
 
     def end(self) -> None:
         """Kill everything in it; from any thread, while another uses the box."""
@@ -143,26 +161,15 @@ class Box:
             if pipe is not None:
                 pipe.close()
 
-    def _watch(self) -> None:
-        if self._leader is None:
-            return
-        used = usage(self._leader, 2 * self._limits.processes)
-        if used.tasks - 1 > self._limits.processes:
-            self._stop("failed", f"more than {self._limits.processes} processes and threads")
-        if used.descriptors > OPEN_FILES * self._limits.files:
-            self._stop("failed", f"more than {OPEN_FILES * self._limits.files} open files")
-        if used.memory_kib > self._limits.memory_mib << 10:
-            self._stop("memory", f"more than {self._limits.memory_mib} MiB")
-        if self._jail.files() > SMALL_FILES:
-            self._stop("memory", f"more than {SMALL_FILES} files")
-
     def _write(self, data: bytes, deadline: float) -> None:
         left = memoryview(data)
         try:
             while left:
-                if not self._wait(self._commands, select.POLLOUT, max(0.0, deadline - time.monotonic())):
+                if self._wait(self._commands, select.POLLOUT, TICK):
+                    left = left[os.write(self._commands, left) :]
+                elif time.monotonic() >= deadline:
                     self._stop("timeout", "the box does not read")
-                left = left[os.write(self._commands, left) :]
+                self.watch()
         except BrokenPipeError:
             if self._leader is not None:  # one that never started is asked what it died of
                 self._stop("failed", "the box died")
@@ -200,5 +207,6 @@ def _pipes(process: "Popen[bytes]") -> tuple[int, int]:
     assert process.stdin is not None
     assert process.stdout is not None
     os.set_blocking(process.stdin.fileno(), False)
-    fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    with contextlib.suppress(PermissionError):  # the user has all the pipes that one may have: a program in a box can
+        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return process.stdin.fileno(), process.stdout.fileno()

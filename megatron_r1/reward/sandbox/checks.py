@@ -101,7 +101,7 @@ class _Caller:
         self._between = False
         start = time.monotonic()
         self._box.send({"source": source})
-        while "status" not in (reply := self._box.receive(start + seconds, MAX_QUESTION)):
+        while "status" not in (reply := self._box.receive(start + seconds, MAX_QUESTION, callee)):
             if "ended" in reply:
                 raise Stopped("failed", "the process of the check died")
             callee.send(reply["ask"])

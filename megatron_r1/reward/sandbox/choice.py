@@ -28,8 +28,11 @@ class SandboxSection(Section):
 
     @model_validator(mode="after")
     def _url_fits(self) -> "SandboxSection":
-        if (self.url is not None) != (self.sandbox in ("remote", "piston")):
-            raise ValueError(f"sandbox = {self.sandbox!r} and url = {self.url!r}: `remote` and `piston` need a url")
+        served = self.sandbox in ("remote", "piston")
+        if served and self.url is None:
+            raise ValueError(f"sandbox = {self.sandbox!r} needs the `url` of its server")
+        if self.url is not None and not served:
+            raise ValueError(f"sandbox = {self.sandbox!r} has no use for a `url`; 'remote' and 'piston' do")
         return self
 
 

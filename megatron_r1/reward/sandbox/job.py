@@ -51,7 +51,9 @@ class Executor(Protocol):
         Checks run in a process of their own. They reach the program's functions and classes by name through calls that
         carry plain values (numbers, text, lists, dicts ...), so the program cannot see, patch or leave them. Arguments
         arrive as copies, so a check does not see what the program changes in them; functions cannot be arguments;
-        objects of the program's own classes can be used, but not compared.
+        objects of the program's own classes can be used, but not compared. Any name that neither `prelude` nor a check
+        defines is the program's, so what a check compares with has to be in one of these (but for the modules of the
+        standard library).
 
         Args:
             program: Python source; it is executed once and then answers calls.

@@ -10,6 +10,7 @@ from megatron_r1.errors import ConfigError, EngineError
 from megatron_r1.reward.sandbox.box import Box, Stopped
 from megatron_r1.reward.sandbox.bubblewrap import Bubblewrap, explanation
 from megatron_r1.reward.sandbox.checks import Checks
+from megatron_r1.reward.sandbox.inside.programs import COMPILER_LIMITS
 from megatron_r1.reward.sandbox.job import Program, Run, Status
 from megatron_r1.reward.sandbox.pool import Pool
 from megatron_r1.reward.sandbox.rlimits import ResourceLimits
@@ -78,13 +79,16 @@ class Local:
                 except Stopped as stopped:
                     yield Run(stopped.status, stderr=str(stopped), seconds=time.monotonic() - started)
                     return
-                yield _run(reply)
+                yield _run(reply, time.monotonic() - started)
                 if reply.get("fresh") is not True:
                     return
 
     def _load(self, box: Box, program: Program, limits: Limits) -> dict[str, Any]:
         command = {"do": "load", "language": program.language, "source": program.source, "limits": limits.model_dump()}
+        if program.language == "cpp":
+            box.limit(limits.model_copy(update=COMPILER_LIMITS))
         reply = self._ask(box, command, limits.compile_seconds, limits)
+        box.limit(limits)
         if reply["status"] == "no_compiler":
             raise ConfigError(
                 "a program in C++ needs g++ in /usr/bin; install it (apt-get install g++), or leave C++ out"
@@ -97,10 +101,10 @@ class Local:
         return box.receive(time.monotonic() + seconds + GRACE, 6 * (limits.output_kib << 10) + (1 << 16))
 
 
-def _run(reply: dict[str, Any]) -> Run:
+def _run(reply: dict[str, Any], seconds: float) -> Run:
     """What a box says; a program can at most have forged its own."""
     match reply:
-        case {"status": str(status), "stdout": str(stdout), "stderr": str(stderr), "seconds": float(seconds)}:
+        case {"status": str(status), "stdout": str(stdout), "stderr": str(stderr)}:
             if status in get_args(Status):
                 return Run(status, stdout, stderr, seconds)  # type: ignore[arg-type]
-    return Run("failed", stderr="the box gave a wrong reply")
+    return Run("failed", stderr="the box gave a wrong reply", seconds=seconds)

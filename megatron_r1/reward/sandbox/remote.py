@@ -14,7 +14,7 @@ from megatron_r1.reward.sandbox.job import Program, Run
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each new try when the server cannot be reached or hangs up."""
-_QUEUE_SECONDS = 120.0
+QUEUE_SECONDS = 120.0
 """Longest time that a request may wait for a free place on the server."""
 
 
@@ -47,13 +47,18 @@ class Remote:
     ) -> Iterator[Run]:
         done = 0
         body = {**asdict(program), **more, "limits": limits.model_dump()}
-        timeout = limits.wall_seconds + limits.compile_seconds + _QUEUE_SECONDS
+        timeout = limits.wall_seconds + limits.compile_seconds + QUEUE_SECONDS
         for pause in (*PAUSES, None):
             try:
                 for run in self._request(route, {**body, "tests": tests[done:]}, timeout):
                     done += 1
                     yield run
                 return
+            except httpx.ReadTimeout as error:
+                raise EngineError(
+                    f"the sandbox server {self._url} had no answer in {timeout:g} s; if it has more to do than it can, "
+                    "raise its `concurrency`, or lower `reward_workers`"
+                ) from error
             except (httpx.NetworkError, httpx.ProtocolError, httpx.TimeoutException) as error:
                 if pause is None:
                     raise EngineError(

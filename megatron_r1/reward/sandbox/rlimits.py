@@ -22,8 +22,11 @@ import threading
 from pathlib import Path
 
 from megatron_r1.reward.sandbox.bundle import BOOT
+from megatron_r1.reward.sandbox.inside.process import descendants
 from megatron_r1.reward.sandbox.seccomp import program as seccomp_program
-from megatron_r1.reward.sandbox.watch import descendants
+
+REMOVE = 'rm -rf -- "$1" 2>/dev/null || { chmod -R u+rwx -- "$1"; rm -rf -- "$1"; }'
+"""Folders of any depth, which rmtree does not manage, and those that a program has shut."""
 
 
 class ResourceLimits:
@@ -82,7 +85,7 @@ class PlainProcesses:
                         os.kill(pid, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
-            subprocess.run(["rm", "-rf", "--", str(self._folder)], check=False)  # of any depth, which rmtree is not
+            subprocess.run(["sh", "-c", REMOVE, "sh", str(self._folder)], check=False)
 
 
 def _alive(pid: int) -> bool:

@@ -93,9 +93,12 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "sched_setattr": (314, 274),
 }
 
-CLONE, CLONE3, MMAP, IOCTL, SOCKET, PRCTL = (56, 220), (435, 435), (9, 222), (16, 29), (41, 198), (157, 167)
+CLONE, CLONE3, MMAP, IOCTL, PRCTL = (56, 220), (435, 435), (9, 222), (16, 29), (157, 167)
+SOCKET, SOCKETPAIR = (41, 198), (53, 199)
 NEW_NAMESPACES = 0x7E020080
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME."""
+CLONE_PARENT = 0x8000
+"""A child of the caller's parent: where there is no pid namespace that is the trainer, and the box has lost it."""
 SHARED_ANONYMOUS = 0x21
 """MAP_SHARED and MAP_ANONYMOUS: stays in memory when no process has it mapped."""
 TERMINAL = (0x5412, 0x541C)
@@ -134,7 +137,7 @@ def program(sockets: bool = True, machine: str | None = None) -> bytes:
         if number is not None:
             code += [_op(_EQUAL, number, 0, 1), _error(_EPERM)]
     code += [_op(_EQUAL, CLONE3[column], 0, 1), _error(_ENOSYS)]  # its flags are in memory; libc then uses clone
-    code += _when(CLONE[column], [_argument(0), _op(_ANY_BIT, NEW_NAMESPACES, 0, 1), _error(_EPERM)])
+    code += _when(CLONE[column], [_argument(0), _op(_ANY_BIT, NEW_NAMESPACES | CLONE_PARENT, 0, 1), _error(_EPERM)])
     code += _when(
         MMAP[column],
         [
@@ -155,10 +158,10 @@ def program(sockets: bool = True, machine: str | None = None) -> bytes:
             _error(_EPERM),
         ],
     )
-    if sockets:
-        code += _when(SOCKET[column], [_argument(0), _op(_EQUAL, AF_UNIX, 1, 0), _error(_EPERM)])
-    else:
+    if not sockets:
         code += [_op(_EQUAL, SOCKET[column], 0, 1), _error(_EPERM)]
+    for call in (SOCKET, SOCKETPAIR):
+        code += _when(call[column], [_argument(0), _op(_EQUAL, AF_UNIX, 1, 0), _error(_EPERM)])
     return b"".join([*code, _op(_RETURN, _ALLOW)])
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +18,7 @@ import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -63,7 +64,9 @@ def serve(config: SandboxServeConfig) -> dict[str, Any]:
         executor = open_local(config.sandbox, config.limits, warm=2 * config.concurrency)
         try:
             app = application(config, token, executor)
-            uvicorn.Server(uvicorn.Config(app, access_log=False, server_header=False)).run([listener])
+            print(f"{config.sandbox} sandbox at http://{config.host}:{config.port}; Ctrl-C ends it", file=sys.stderr)
+            options = uvicorn.Config(app, access_log=False, server_header=False, log_level="warning")
+            uvicorn.Server(options).run([listener])
         finally:
             executor.close()
     return {}
@@ -115,14 +118,18 @@ class _Service:
         if not secrets.compare_digest(request.headers.get("authorization", "").encode(), self._token):
             return PlainTextResponse("the token is wrong", 401)
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BODY:
-                return PlainTextResponse(f"the request has more than {MAX_BODY} bytes", 413)
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_BODY:
+                    return PlainTextResponse(f"the request has more than {MAX_BODY} bytes", 413)
+        except ClientDisconnect:
+            return Response(status_code=400)  # to nobody
         try:
             job = Job.model_validate_json(bytes(body), strict=True)
         except ValidationError as error:
-            return PlainTextResponse(f"not a job: {error}", 422)
+            wrong = (f"{'.'.join(map(str, part['loc'])) or 'body'}: {part['msg']}" for part in error.errors())
+            return PlainTextResponse(f"not a job: {'; '.join(wrong)}", 422)
         lines = self._lines(lambda: start(job, _capped(job.limits, self._config.limits)))
         return StreamingResponse(lines, media_type="application/x-ndjson")
 

@@ -8,6 +8,7 @@ user of its own, one that nobody else has.
 import contextlib
 import itertools
 import os
+import secrets
 import subprocess
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Users:
         Raises:
             EngineError: root has not the right to do so.
         """
-        self._next = itertools.count()
+        self._next = itertools.count(secrets.randbelow(COUNT))  # other workers count too
         try:
             self.namespace = _namespace()
         except OSError as error:

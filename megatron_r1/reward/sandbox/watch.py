@@ -42,22 +42,6 @@ def usage(leader: int, most_tasks: int) -> Usage:
     return Usage(tasks, memory, descriptors)
 
 
-def descendants(leader: int) -> list[int]:
-    """Ids of all processes below `leader`, without itself."""
-    found: list[int] = []
-    waiting = [leader]
-    while waiting:
-        pid = waiting.pop()
-        try:
-            for thread in (PROC / f"{pid}/task").iterdir():
-                children = [int(child) for child in (thread / "children").read_text().split()]
-                found += children
-                waiting += children
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
 def _status(pid: int) -> dict[str, int]:
     """The numbers of `FIELDS`."""
     lines = (PROC / f"{pid}/status").read_text().splitlines()

@@ -62,6 +62,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "prelude": "import math"},
         {"asserts": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "prelude": "import math"},
     ),
+    "MBPP, sanitized and full": (
+        {"test_list": ["assert f() < EPS"], "test_imports": ["import math", "import re"], "test_setup_code": "EPS = 1"},
+        {"asserts": ["assert f() < EPS"], "prelude": "import math\nimport re\nEPS = 1"},
+    ),
     "lists in columns": (
         {"tests": {"input": ["1 2\n", "4 5\n"], "output": ["3\n", "9\n"]}},
         {"stdin": STDIN},

@@ -20,7 +20,8 @@ from megatron_r1 import errors
 from megatron_r1.config.sandbox import Limits
 from megatron_r1.reward.sandbox.job import Program, Run
 from megatron_r1.reward.sandbox.local import Local
-from tests.reward.sandbox.attacks import BOMBS, CALLS, ESCAPES, FORGERIES, LASTING, READS, SYSCALLS, WRITES
+from tests.reward.sandbox.attacks import CALLS, ESCAPES, FORGERIES, LASTING, READS, SYSCALLS, WRITES
+from tests.reward.sandbox.bombs import BOMBS, HOARDS
 from tests.reward.sandbox.conftest import WARM, settle
 
 LIMITS = Limits(cpu_seconds=5, wall_seconds=30)
@@ -201,6 +202,13 @@ def test_bombs_are_stopped(name: str, sandbox: Local) -> None:
     assert peak.processes <= 2 * WARM + 3 + TIGHT.processes
     assert peak.memory_mib < 1024
     assert one(sandbox, HONEST, text="1 2").stdout == "3\n"
+
+
+@pytest.mark.parametrize("name", HOARDS)
+def test_limits_hold_whatever_is_waited_for(name: str, sandbox: Local) -> None:
+    source, check = HOARDS[name]
+    (run,) = sandbox.check(Program("python", source), "", [check], TIGHT.model_copy(update={"wall_seconds": 10}))
+    assert run.status == "memory"
 
 
 @pytest.mark.parametrize("name", ESCAPES)

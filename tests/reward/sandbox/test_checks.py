@@ -26,6 +26,9 @@ LIMIT = 7
 def add(a, b=0): return a + b
 def same(value): return value
 def fail(n): raise {0: ValueError, 1: KeyError, 2: Custom, 3: OSError}[n]("message")
+def select(n): return n
+class queue:
+    def turn(n): return n
 class Custom(ValueError): pass
 class Fault(Exception): pass
 def fault(): raise Fault("own")
@@ -98,6 +101,8 @@ HOLD = {
     "functions of the check": "def twice(f, n):\n    return f(f(n))\nassert twice(lambda n: add(n, 1), 1) == 3",
     "names in a comprehension": "assert [add(n, 1) for n in range(3)] == [1, 2, 3]",
     "talks while it answers": "for n in range(3): talk()",
+    "module that nobody imported": "assert math.isclose(same(0.1 + 0.2), 0.3) and string.digits[:1] == '0'",
+    "names of modules": "assert select(1) == 1 == queue.turn(1)",
     "given function": "assert given(4) == 40",
     "given to the program": "assert uses_given(4) == 40",
 }

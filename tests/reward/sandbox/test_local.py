@@ -23,6 +23,7 @@ SQUARE = """#include <iostream>
 int main() { long a; std::cin >> a; if (a < 0) while (true); std::cout << a * a; return a == 3; }
 """
 MANY_THREADS = "import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep, args=(3,)).start()"
+BUSY_CHILD = "import os, time\nif os.fork() == 0:\n    while True: pass\ntime.sleep(20)"
 AT_THE_END = "import atexit, threading\natexit.register(print, 'z')\nthreading.Timer(0.1, print, 'y').start()"
 RECURSIVE = "import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(20000))"
 HELD_IN_A_CYCLE = "class A: pass\na = A()\na.a = a\na.f = open(1, 'w', closefd=False)\na.f.write('held')"
@@ -109,6 +110,7 @@ def test_programs_end_as_under_python3(local: Local, source: str, status: str, s
         ("open('f', 'wb').write(bytes(3 << 20))", {"file_mib": 2}, "failed"),
         ("x = [open('/dev/null') for _ in range(40)]", {"files": 32}, "failed"),
         (MANY_THREADS, {"processes": 8}, "failed"),
+        (BUSY_CHILD, {"cpu_seconds": 0.5}, "timeout"),
     ],
 )  # fmt: skip
 def test_limits_hold_and_leave_the_next_input_alone(
@@ -141,7 +143,9 @@ def test_input_larger_than_the_box(local: Local) -> None:
 
 @COMPILED
 def test_cpp(local: Local) -> None:
-    limits = LIMITS.model_copy(update={"cpu_seconds": 0.5, "compile_seconds": 60})
+    """What the program may use is not what the compiler may."""
+    update = {"cpu_seconds": 0.5, "compile_seconds": 60, "memory_mib": 32, "processes": 1}
+    limits = LIMITS.model_copy(update=update)
     done = list(local.run(Program("cpp", SQUARE), ["2", "-1", "3", "4"], limits))
     assert [(run.status, run.stdout) for run in done] == [("ok", "4"), ("timeout", ""), ("failed", "9"), ("ok", "16")]
 

@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -94,6 +96,20 @@ def test_a_box_that_was_killed_while_it_waited_is_replaced(kind: str) -> None:
         with opened.take(LIMITS) as box:
             box.send(LOAD)
             assert box.receive(time.monotonic() + 30) == {"status": "ok"}
+
+
+def test_a_user_who_has_no_more_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in a box can use up what the kernel lets a user have: boxes then start with small ones."""
+
+    def refuse(file: IO[bytes], command: int, size: int) -> None:
+        resize(file, command, 4096)
+        raise PermissionError
+
+    resize = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with contextlib.closing(open_pool("bubblewrap", 1)) as opened, opened.take(LIMITS) as box:
+        box.send(LOAD | {"source": "#" * 100_000})
+        assert box.receive(time.monotonic() + 30) == {"status": "ok"}
 
 
 def test_other_sizes_get_boxes_of_their_own(pool: Pool) -> None:

@@ -189,6 +189,14 @@ def test_an_address_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
             list(Remote(address, TOKEN).run(Program("python", ""), [""], LIMITS))
 
 
+def test_a_server_with_more_to_do_than_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the program's, so the run ends rather than the sample failing its tests."""
+    monkeypatch.setattr(remote, "QUEUE_SECONDS", 0.2)
+    limits = Limits(wall_seconds=0.1, compile_seconds=0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(EngineError, match=r"no answer in 0\.4 s"):
+        list(Remote(f"http://127.0.0.1:{silent.getsockname()[1]}", TOKEN).run(Program("python", ""), [""], limits))
+
+
 def test_it_goes_on_where_a_connection_broke(recorder: tuple[Recorder, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Between client and server stands a relay that cuts the first two connections after a while."""
     monkeypatch.setattr(remote, "PAUSES", (0.01,) * 4)

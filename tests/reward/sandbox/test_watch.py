@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_r1.reward.sandbox.watch import descendants, usage
+from megatron_r1.reward.sandbox.inside.process import descendants
+from megatron_r1.reward.sandbox.watch import usage
 
 SOURCE = """
 import os, threading, time

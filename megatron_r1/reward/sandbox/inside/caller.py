@@ -5,9 +5,13 @@ answer is read as a plain value, as a `Proxy` for any other object, or as a buil
 is an error of the program's.
 """
 
+import ast
 import builtins
+import contextlib
+import importlib
 import os
 import symtable
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -156,7 +160,8 @@ def perform(prelude: str, source: str, ask: Ask) -> None:
     namespace: dict[str, Any] = {"__name__": "check"}
     exec(compile(prelude, "prelude.py", "exec", dont_inherit=True), namespace)  # noqa: S102 - trusted source
     missing = sorted(free_names(source) - set(namespace) - set(vars(builtins)))
-    namespace.update(Remote(ask).names(missing))
+    modules = standard_modules(source, missing)
+    namespace.update(Remote(ask).names([name for name in missing if name not in modules]), **modules)
     exec(compile(source, "check.py", "exec", dont_inherit=True), namespace)  # noqa: S102
 
 
@@ -174,6 +179,28 @@ def free_names(source: str) -> set[str]:
             if (symbol.is_assigned() or symbol.is_imported()) and (own or symbol.is_declared_global()):
                 assigned.add(symbol.get_name())
     return read - assigned
+
+
+def standard_modules(source: str, names: list[str]) -> dict[str, Any]:
+    """Those of `names` that `source` uses as modules of the standard library, without importing them.
+
+    Such sources were written to be executed after the program, whose imports they count on (MBPP's `math.isclose`).
+    Taken from the program, it would be the program's to say what is close.
+    """
+    nodes = list(ast.walk(ast.parse(source)))
+    found = {}
+    for name in sys.stdlib_module_names.intersection(names):
+        uses = sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
+        attributes = [
+            node.attr
+            for node in nodes
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+        ]
+        with contextlib.suppress(ImportError):  # of another system
+            module = importlib.import_module(name)
+            if len(attributes) == uses and all(hasattr(module, attribute) for attribute in attributes):
+                found[name] = module
+    return found
 
 
 def _number(value: Any) -> int:

@@ -24,7 +24,7 @@ class Channel:
     """
 
     def __init__(self) -> None:
-        os.closerange(3, 256)  # what bwrap left open
+        os.closerange(3, 65536)  # what bwrap left open
         self.commands, self.replies = os.dup(0), os.dup(1)
         nothing = os.open("/dev/null", os.O_RDWR)
         os.dup2(nothing, 0)

@@ -44,13 +44,13 @@ class Child:
             os.close(fd)
 
 
-def start(body: Callable[[], Any], limits: dict[str, Any], stdin: int, keep: tuple[int, ...] = ()) -> Child:
-    """Fork a process that has `stdin`, pipes and the descriptors in `keep`, and nothing else, and calls `body`."""
+def start(body: Callable[[], Any], limits: dict[str, Any], stdin: int) -> Child:
+    """Fork a process that has `stdin` and two pipes, and nothing else, and calls `body`."""
     out, out_end = os.pipe()
     err, err_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _prepare((stdin, out_end, err_end), keep, limits)
+        _prepare((stdin, out_end, err_end), limits)
         raise Leave(body)
     os.close(out_end)
     os.close(err_end)
@@ -66,15 +66,10 @@ def _counts_processes() -> bool:
     return os.getppid() <= 1 and (int(major), int("".join(filter(str.isdigit, minor)))) >= (5, 14)
 
 
-def _prepare(standard: tuple[int, int, int], keep: tuple[int, ...], limits: dict[str, Any]) -> None:
+def _prepare(standard: tuple[int, int, int], limits: dict[str, Any]) -> None:
     for target, fd in enumerate(standard):
         os.dup2(fd, target)
-    first = 3
-    for fd in sorted(keep):
-        os.closerange(first, fd)
-        os.set_inheritable(fd, True)
-        first = fd + 1
-    os.closerange(first, 65536)
+    os.closerange(3, 65536)
     limit(limits)
 
 
@@ -127,10 +122,9 @@ def collect(child: Child, limits: dict[str, Any], lifeline: int) -> dict[str, An
             stopped = "output"
         elif child.ended in events:
             break
-        elif time.monotonic() >= end or cpu_seconds(child.pid) > limits["cpu_seconds"]:
+        elif time.monotonic() >= end or _all_cpu_seconds() > limits["cpu_seconds"]:
             stopped = "timeout"
     code, used = _end(child)
-    seconds = time.monotonic() - child.started
     _drain(child.stdout, stdout, most)
     _drain(child.stderr, stderr, most)
     child.close()
@@ -141,7 +135,6 @@ def collect(child: Child, limits: dict[str, Any], lifeline: int) -> dict[str, An
         "status": stopped or _status(code, len(stdout) > most, text),
         "stdout": bytes(stdout[:most]).decode("utf-8", "replace"),
         "stderr": text + (f"ended by signal {-code}\n" if code < 0 and stopped is None else ""),
-        "seconds": seconds,
     }
 
 
@@ -151,6 +144,11 @@ def cpu_seconds(pid: int) -> float:
         return time.clock_gettime(~pid << 3 | 2)
     except OSError:
         return 0.0
+
+
+def _all_cpu_seconds() -> float:
+    """Processor time of all that runs in this box but its own first process."""
+    return sum(map(cpu_seconds, descendants(os.getpid())))
 
 
 def kill_all() -> None:
@@ -168,15 +166,19 @@ def kill_all() -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Ids of all processes below one."""
+    """Ids of all processes below one; used outside of boxes too."""
     found: list[int] = []
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
-                for child in map(int, file.read().split()):
-                    found += [child, *descendants(child)]
-    except OSError:  # it ended meanwhile
-        pass
+    waiting = [pid]
+    while waiting:
+        above = waiting.pop()
+        try:
+            for task in os.listdir(f"/proc/{above}/task"):
+                with open(f"/proc/{above}/task/{task}/children") as file:
+                    children = list(map(int, file.read().split()))
+                found += children
+                waiting += children
+        except OSError:  # it ended meanwhile
+            pass
     return found
 
 

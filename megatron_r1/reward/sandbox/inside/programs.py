@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COMPILER = ("/usr/bin/g++", "/usr/local/bin/g++")
 COMPILE = ("-O2", "-std=c++17", "-pipe", "-o", "program", "main.cpp")
-COMPILE_MIB = {"memory_mib": 2048, "file_mib": 64, "output_kib": 64, "processes": 32, "files": 256}
+COMPILER_LIMITS = {"memory_mib": 2048, "file_mib": 64, "output_kib": 64, "processes": 32, "files": 256}
 PRELOADED = (
     "bisect",
     "collections",
@@ -72,7 +72,7 @@ def run(channel: Channel, text: str) -> dict[str, Any]:
     try:
         stdin = _file(text.encode("utf-8", "surrogatepass"))
     except OSError as error:
-        return {"status": "failed", "stdout": "", "stderr": f"the input: {error}", "seconds": 0.0, "fresh": False}
+        return {"status": "failed", "stdout": "", "stderr": f"the input: {error}", "fresh": False}
     files = _state()
     child = process.start(_body, Loaded.limits, stdin)
     os.close(stdin)
@@ -173,7 +173,7 @@ def _compile(channel: Channel) -> dict[str, Any]:
     if compiler is None:
         return {"status": "no_compiler"}
     seconds = Loaded.limits["compile_seconds"]
-    limits = Loaded.limits | COMPILE_MIB | {"cpu_seconds": seconds, "wall_seconds": seconds}
+    limits = Loaded.limits | COMPILER_LIMITS | {"cpu_seconds": seconds, "wall_seconds": seconds}
     nothing = os.open("/dev/null", os.O_RDONLY)
     child = process.start(lambda: execute([compiler, *COMPILE]), limits, nothing)
     os.close(nothing)

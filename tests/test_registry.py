@@ -52,6 +52,9 @@ def test_own_component_in_a_file(tmp_path: Path) -> None:
         resolve("reward", f"{tmp_path}/nowhere.py:Brevity")
     with pytest.raises(ConfigError, match=r"cannot be imported: .*Levity"):
         resolve("reward", f"{file}:Levity")
+    file.with_name("raising.py").write_text("import os\nno_such_name\n")
+    with pytest.raises(ConfigError, match=r"NameError.*raising\.py.*line 2"):
+        resolve("reward", f"{tmp_path}/anywhere/raising.py:Brevity")
     file.with_name("broken.py").write_text("def f(:")
     for _ in range(2):
         with pytest.raises(ConfigError, match="cannot be imported: invalid syntax"):

@@ -10,6 +10,7 @@ from megatron_r1.config.component import (
     LossComponent,
     RewardComponent,
     TaskComponent,
+    build,
     default_rewards,
 )
 from megatron_r1.config.section import Section
@@ -162,7 +163,9 @@ class RLConfig(Section):
     def _scored_by_default(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """Without [rewards] each task is scored by its own defaults."""
         sections = {name: tree.get(name) for name in ("data", "heldout")}
-        tasks = [part["task"] for part in sections.values() if isinstance(part, dict) and "task" in part]
+        tasks = [
+            part["task"] for part in sections.values() if isinstance(part, dict) and isinstance(part.get("task"), dict)
+        ]
         if tree.get("rewards") or len(tasks) < len(sections):
             return tree
         named = {
@@ -184,11 +187,12 @@ class RLConfig(Section):
             )
         if not self.rewards or self.data.rewards == []:
             raise ValueError("[rewards] is empty, and the task of [data] names no rewards: name at least one")
-        for section, names in (("data", self.data.rewards), ("heldout", self.heldout.rewards)):
-            for name in names or []:
+        for section, part in (("data", self.data), ("heldout", self.heldout)):
+            carried = build("task", part.task).reward_names()
+            for name in [*(part.rewards or []), *sorted(carried)]:
                 if name not in self.rewards:
                     raise ValueError(
-                        f"{section}.rewards names {name!r}{nearest(name, self.rewards)}, which [rewards] does not "
-                        f"have; it has {', '.join(self.rewards)}"
+                        f"`rewards` of [{section}] or of a member names {name!r}{nearest(name, self.rewards)}, which "
+                        f"[rewards] does not have; it has {', '.join(self.rewards)}"
                     )
         return self

@@ -29,6 +29,7 @@ class Questions:
     def __init__(self, section: TaskSection, seed: int, exclude: frozenset[str] = frozenset()) -> None:
         self.section = section
         self._task: Task = component.build("task", section.task)
+        render(section.template or self._task.template, "")  # a wrong name is better found now
         self._problem = self._task.stream(stream_seed("train", seed), exclude)
 
     def take(self, step: int, n: int) -> list[Question]:

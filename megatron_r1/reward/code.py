@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import FiniteFloat, NonNegativeFloat, PositiveFloat
 
 from megatron_r1.config.code_tests import CodeTests
+from megatron_r1.errors import EngineError
 from megatron_r1.reward.base import Reward
 from megatron_r1.reward.code_blocks import last_block
 from megatron_r1.reward.code_outputs import same_first_lines, same_output
@@ -96,8 +97,18 @@ class Code(Reward):
         return min(0.0, self.config.no_code, self.config.compile_error)
 
     def prepare(self) -> None:
-        """Start the sandbox."""
-        self._open()
+        """Start the sandbox, or reach it, and have it run something.
+
+        Raises:
+            ConfigError: a token is missing.
+            EngineError: the sandbox does not work here, is out of reach, or does not run Python.
+        """
+        for run in self._open().run(Program("python", "print(6 * 7)"), [""], self.config.limits):
+            if run.stdout.strip() != "42":
+                raise EngineError(
+                    f"sandbox = {self.config.sandbox!r} does not run Python: a program that prints 42 ended as "
+                    f"{run.status!r} and printed {run.stdout[:200]!r} {run.stderr[-200:]!r}"
+                )
 
     def _open(self) -> Executor:
         """The executor, in the process that scores."""

@@ -149,10 +149,24 @@ def test_each_task_is_scored_by_its_own_defaults(rl_file: Path) -> None:
 
 def test_a_section_names_rewards_that_exist(rl_file: Path) -> None:
     assert load(rl_file, ['--heldout.rewards=["accuracy"]'], RLConfig).heldout.rewards == ["accuracy"]
-    assert (
-        "heldout.rewards names 'acuracy', did you mean 'accuracy'?, which [rewards] does not have; it has accuracy"
-        in (refusal(rl_file, '--heldout.rewards=["acuracy"]'))
-    )
+    wrong = "of a member names 'acuracy', did you mean 'accuracy'?, which [rewards] does not have; it has accuracy"
+    assert wrong in refusal(rl_file, '--heldout.rewards=["acuracy"]')
+    member = 'type = "reasoning_gym", dataset = "chain_sum", rewards = ["acuracy"]'
+    assert wrong in refusal(rl_file, f'--data.task={{ type = "mixture", tasks = {{ sums = {{ {member} }} }} }}')
+
+
+def test_a_mixture_whose_template_nobody_knows(rl_file: Path) -> None:
+    member = 'type = "reasoning_gym", dataset = "chain_sum", template = "r1_zer"'
+    message = refusal(rl_file, f'--data.task={{ type = "mixture", tasks = {{ sums = {{ {member} }} }} }}')
+    assert "template 'r1_zer' is neither a known name, did you mean 'r1_zero'" in message
+
+
+def test_what_only_a_task_or_a_reward_can_refuse(rl_file: Path) -> None:
+    assert "data.task: Input should be an object" in refusal(rl_file, '--data.task="math"', "--rewards={}")
+    assert "weight" in refusal(rl_file, "--rewards.accuracy.weight=nan")
+    assert "weight" in refusal(rl_file, '--rewards.accuracy.weight="0.5"')
+    assert load(rl_file, [], RLConfig).rewards["accuracy"]["weight"] == 1.0
+    assert "belongs at the top" in refusal(rl_file, "--optim.steps=3")
 
 
 def test_missing_key(rl_file: Path) -> None:

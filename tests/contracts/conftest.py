@@ -17,7 +17,11 @@ KINDS = {"reward": (Reward, REWARDS), "task": (Task, TASKS)}
 
 def section(text: str) -> dict[str, Any]:
     """`folder/file.py:Name`, or an inline TOML table with `type` and the component's own keys."""
-    parsed: dict[str, Any] = tomllib.loads(f"it = {text}")["it"] if text.startswith("{") else {"type": text}
+    try:
+        parsed: dict[str, Any] = tomllib.loads(f"it = {text}")["it"] if text.startswith("{") else {"type": text}
+        resolve("reward", parsed["type"])
+    except (ConfigError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise pytest.UsageError(f"--component {text}: {error}") from error
     return parsed
 
 

@@ -87,6 +87,10 @@ class Task(ABC):
 
         return problem
 
+    def reward_names(self) -> frozenset[str]:
+        """All names in [rewards] that its problems carry as `Problem.rewards`."""
+        return frozenset()
+
     def verify(self, question: Question, answer: str) -> float:
         """Score of `answer`, from 0 (wrong) to 1 (right).
 

@@ -11,6 +11,7 @@ from megatron_r1.config.load import validate
 from megatron_r1.config.section import Component, Section
 from megatron_r1.data.tasks.base import Problem, Task
 from megatron_r1.data.tasks.shares import Shares
+from megatron_r1.data.templates import render
 from megatron_r1.errors import ConfigError
 from megatron_r1.registry import resolve
 from megatron_r1.seeds import stream_seed
@@ -58,6 +59,9 @@ class Mixture(Task):
         self._sections = {name: section for name, (_, section) in parts.items()}
         self.tasks: dict[str, Task] = {name: component.build("task", part) for name, part in self._sections.items()}
         self._shares = Shares({name: member.weight for name, member in self._members.items()})
+        for member in self._members.values():
+            if member.template is not None:
+                render(member.template, "")  # a wrong name is better found now
         self.default_rewards = _union(self.tasks)  # type: ignore[misc]  # of these members, not of the class
 
     @property
@@ -78,10 +82,16 @@ class Mixture(Task):
 
         return problem
 
+    def reward_names(self) -> frozenset[str]:
+        return frozenset(reward for name in self.tasks for reward in self._scored_by(name))
+
+    def _scored_by(self, name: str) -> tuple[str, ...]:
+        rewards = self._members[name].rewards
+        return tuple(self.tasks[name].default_rewards if rewards is None else rewards)
+
     def _labelled(self, name: str, problem: Problem) -> Problem:
         """A member's problem with all that its question has to carry."""
-        member = self._members[name]
-        names = tuple(self.tasks[name].default_rewards) if member.rewards is None else tuple(member.rewards)
+        member, names = self._members[name], self._scored_by(name)
         return replace(
             problem,
             metadata={**problem.metadata, "member": name},

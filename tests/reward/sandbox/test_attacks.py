@@ -22,7 +22,7 @@ from megatron_r1.reward.sandbox.job import Program, Run
 from megatron_r1.reward.sandbox.local import Local
 from tests.reward.sandbox.attacks import CALLS, ESCAPES, FORGERIES, LASTING, READS, SYSCALLS, WRITES
 from tests.reward.sandbox.bombs import BOMBS, HOARDS
-from tests.reward.sandbox.conftest import WARM, settle
+from tests.reward.sandbox.conftest import WARM, settle, started
 
 LIMITS = Limits(cpu_seconds=5, wall_seconds=30)
 TIGHT = Limits(cpu_seconds=0.5, wall_seconds=1, memory_mib=128, processes=16)
@@ -113,7 +113,7 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(0.05):
-            below = psutil.Process().children(recursive=True)
+            below = started()
             memory = 0
             for process in below:
                 with contextlib.suppress(psutil.Error):

@@ -69,7 +69,7 @@ class BenchmarkSection(Section):
     questions: PositiveInt | None = None
     """How many; the same ones in every run. Default: all that the task has."""
     rewards: dict[str, RewardComponent] = {}
-    """Default: the task's own. At least one has to judge whether an answer is right."""
+    """Default: the task's own, and language consistency. At least one has to judge whether an answer is right."""
     samples: PositiveInt | None = None
     """Default: `samples` of the run."""
 
@@ -77,7 +77,8 @@ class BenchmarkSection(Section):
     @classmethod
     def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
         task = info.data.get("task")  # missing where that itself is wrong
-        return default_rewards(task) if not rewards and task else rewards
+        beside = {"language_consistency": {"type": "language_consistency"}}
+        return default_rewards(task) | beside if not rewards and task else rewards
 
     def asked(self) -> TaskSection:
         """Where its questions come from."""
@@ -93,6 +94,8 @@ class EvaluateConfig(SamplingSection):
     samples: PositiveInt = 16
     pass_at: list[PositiveInt] = [1]
     """Each k of the pass@k to report, besides pass@1; not above the samples of any task."""
+    compare_with: Path | None = None
+    """Output folder of an earlier evaluation: the gain over it, question by question, where tasks have one name."""
     tasks: dict[str, BenchmarkSection] = Field(min_length=1)
     """Name -> task."""
 

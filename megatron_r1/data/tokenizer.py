@@ -35,6 +35,10 @@ _RESERVED = re.compile("[\0\t\r\n\u2581\u2585]+")
 byte tokens."""
 _LONGEST = 1 << 20
 """Bytes of the longest sentence for training; sentencepiece would drop a longer one."""
+_BROKEN = "\ufffd"
+"""What the bytes of a character decode to until its last is there."""
+_CONTEXT = 4
+"""Tokens before a token that may change how it is written: a space at the start of a text is left out."""
 
 
 class Tokenizer:
@@ -90,6 +94,24 @@ class Tokenizer:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """What each token adds to the text: joined, they are `decode(ids)`. [tokens]
+
+        A character that several byte tokens share stands at the last of them; a begin, end or padding token adds "".
+        """
+        found, whole, start, known = [], [0], 0, ""
+        for end in range(1, len(ids) + 1):
+            # Only the tokens since the last whole character and the few before it decide what the next one adds.
+            text = self.decode(ids[start:end])
+            if text.endswith(_BROKEN) and end < len(ids):
+                found.append("")
+                continue
+            found.append(text.removeprefix(known))
+            whole.append(end)
+            start = max(whole[-_CONTEXT:][0], start)  # bytes of one character must not be parted
+            known = self.decode(ids[start:end])
+        return found
 
     def _begin(self) -> list[int]:
         return [] if self.bos_id is None else [self.bos_id]

@@ -16,9 +16,10 @@ from megatron_r1.data.files import aside, write_json
 from megatron_r1.data.questions import heldout, question
 from megatron_r1.data.tasks.base import Task
 from megatron_r1.errors import ConfigError
-from megatron_r1.evaluate.answers import Answer
-from megatron_r1.evaluate.estimators import majority, pass_at_k, pass_rate, standard_error
-from megatron_r1.evaluate.sampling import OpenEngine, Sampler, check_judged, open_fleet
+from megatron_r1.evaluate.comparison import gain, pass_rates
+from megatron_r1.evaluate.estimators import interval, majority, pass_at_k, pass_rate, standard_error
+from megatron_r1.rollout.answers import Answer
+from megatron_r1.rollout.sampling import OpenEngine, Sampler, check_judged, open_fleet
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Question
 
@@ -39,6 +40,7 @@ def run(config: EvaluateConfig, open_engine: OpenEngine = open_fleet) -> dict[st
     questions = {name: benchmark_questions(name, section) for name, section in config.tasks.items()}
     for section in config.tasks.values():
         check_judged(section.rewards)
+    earlier = pass_rates(config.compare_with) if config.compare_with else {}
     results: dict[str, dict[str, Any]] = {}
     with Sampler(config, config.output, open_engine) as sampler, aside(config.output / "samples.jsonl") as partial:
         for name, section in config.tasks.items():
@@ -46,6 +48,8 @@ def run(config: EvaluateConfig, open_engine: OpenEngine = open_fleet) -> dict[st
             asked = questions[name]
             answered = list(sampler.answers(asked, len(asked), section.rewards, section.task, samples))
             results[name] = figures(answered, config.pass_at)
+            if name in earlier:
+                results[name] |= gain(earlier[name], _rates(answered))
             _append(partial, name, answered)
     summary = {
         "model": str(config.model.path),
@@ -77,8 +81,9 @@ def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]
     """The figures of one task.
 
     `pass@1` is the mean over questions of the share of right answers, `pass@1_error` its standard error (that of
-    drawing the questions); `pass@k` the unbiased estimate; `cons@n` that of the commonest answer, only where questions
-    have a reference answer to compare with. Questions that no reward judges are counted and left out of these.
+    drawing the questions), `pass@1_interval` its 95 % confidence interval; `pass@k` the unbiased estimate; `cons@n`
+    that of the commonest answer, only where questions have a reference answer to compare with. Questions that no
+    reward judges are counted and left out of these.
     """
     judged = [(asked, answers) for asked, answers in answered if pass_rate(answers) is not None]
     everything = [answer for _, answers in answered for answer in answers]
@@ -89,16 +94,23 @@ def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]
         "samples": len(everything) // len(answered),
         "pass@1": _mean(rates),
         "pass@1_error": standard_error(rates),
+        "pass@1_interval": interval(rates),
     }
     for k in sorted(set(pass_at) - {1}):
-        result[f"pass@{k}"] = _mean([_pass_at(answers, k) for _, answers in judged])
+        solved = [_pass_at(answers, k) for _, answers in judged]
+        result |= {f"pass@{k}": _mean(solved), f"pass@{k}_interval": interval(solved)}
     votes = [majority(answers) for asked, answers in judged if asked.answer and "tests" not in asked.metadata]
     if votes:
-        result[f"cons@{result['samples']}"] = _mean(votes)
+        name = f"cons@{result['samples']}"
+        result |= {name: _mean(votes), f"{name}_interval": interval(votes)}
     result["mean_tokens"] = statistics.fmean(answer.tokens for answer in everything)
     result["truncated_share"] = statistics.fmean(not answer.finished for answer in everything)
     result["rewards"] = _mean_rewards(everything)
     return result
+
+
+def _rates(answered: Answered) -> dict[str, float]:
+    return {asked.id: rate for asked, answers in answered if (rate := pass_rate(answers)) is not None}
 
 
 def _pass_at(answers: Sequence[Answer], k: int) -> float:
@@ -129,6 +141,7 @@ def _rows(name: str, answered: Answered) -> Iterator[dict[str, Any]]:
             "task": name,
             "question_id": asked.id,
             "prompt": asked.prompt,
+            "question": asked.metadata.get("text"),
             "answer": asked.answer,
             "pass_rate": pass_rate(answers),
             "responses": [asdict(answer) for answer in answers],
@@ -139,7 +152,12 @@ def _show(summary: dict[str, Any]) -> None:
     """The figures as a table on standard error, a row for each task."""
     rows = {name: _cells(result) for name, result in summary["tasks"].items()}
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)
-    table = Table(title=f"{summary['model']} (shares in %)", title_justify="left", box=None, header_style="dim")
+    table = Table(
+        title=f"{summary['model']} (shares in %, with 95 % intervals; rewards are means x 100)",
+        title_justify="left",
+        box=None,
+        header_style="dim",
+    )
     table.add_column("task")
     for column in columns:
         table.add_column(column, justify="right")
@@ -154,11 +172,17 @@ def _cells(result: dict[str, Any]) -> dict[str, str]:
     if result["questions_not_judged"]:
         cells["not judged"] = f"{result['questions_not_judged']:,}"
     for name, value in result.items():
-        if name.startswith(("pass@", "cons@")) and not name.endswith("_error"):
+        if name.startswith(("pass@", "cons@")) and "_" not in name:
             cells[name] = _percent(value)
-    if result["pass@1_error"] is not None:
-        cells["pass@1"] += f" ± {_percent(result['pass@1_error'])}"
-    return cells | {"tokens": f"{result['mean_tokens']:,.0f}", "truncated": _percent(result["truncated_share"])}
+    cells["pass@1"] += _range(result["pass@1_interval"])
+    if "pass@1_gain" in result:
+        cells["gain"] = _percent(result["pass@1_gain"]) + _range(result["pass@1_gain_interval"])
+    cells |= {"tokens": f"{result['mean_tokens']:,.0f}", "truncated": _percent(result["truncated_share"])}
+    return cells | {name: _percent(value) for name, value in result["rewards"].items()}
+
+
+def _range(bounds: Sequence[float] | None) -> str:
+    return " ({:.0f}-{:.0f})".format(*(100 * bound for bound in bounds)) if bounds else ""
 
 
 def _percent(share: float | None) -> str:

@@ -1,11 +1,11 @@
-"""Figures of judged answers: pass rate, pass@k, majority vote, standard error."""
+"""Figures of judged answers: pass rate, pass@k, majority vote, standard error, confidence intervals."""
 
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from megatron_r1.evaluate.answers import Answer
+from megatron_r1.rollout.answers import Answer
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -46,3 +46,36 @@ def majority(answers: Sequence[Answer]) -> float:
 def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean of independent values; None of fewer than two."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def interval(values: Sequence[float]) -> list[float] | None:
+    """95 % confidence interval of the mean of independent shares, each between 0 and 1; None of fewer than two.
+
+    Wilson's score interval (Wilson 1927, eq. for p'), with the number of independent yes-or-no trials that would have
+    the standard error observed: the answers to one question depend on each other, and its difficulty is drawn with
+    it. So it stays within [0, 1], and does not shrink to a point where all answers are right.
+    """
+    error = standard_error(values)
+    if error is None:
+        return None
+    mean, z = statistics.fmean(values), _Z95
+    trials = mean * (1 - mean) / error**2 if error else len(values)
+    centre = (mean + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(mean * (1 - mean) / trials + (z / (2 * trials)) ** 2)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float] | None:
+    """Mean of after - before over the same questions, and its 95 % confidence interval; None of fewer than two.
+
+    The normal interval of paired differences: what makes a question hard counts in both and cancels.
+    """
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    error = standard_error(changes)
+    if error is None:
+        return None
+    mean = statistics.fmean(changes)
+    return mean, mean - _Z95 * error, mean + _Z95 * error
+
+
+_Z95 = statistics.NormalDist().inv_cdf(0.975)

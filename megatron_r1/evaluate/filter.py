@@ -21,9 +21,9 @@ from megatron_r1.data.sieve import Sieve
 from megatron_r1.data.tasks.records import RecordsTask
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
-from megatron_r1.evaluate.answers import digest
 from megatron_r1.evaluate.estimators import pass_rate
-from megatron_r1.evaluate.sampling import OpenEngine, Sampler, check_judged, open_fleet
+from megatron_r1.rollout.answers import digest
+from megatron_r1.rollout.sampling import OpenEngine, Sampler, check_judged, open_fleet
 from megatron_r1.types import Question
 
 

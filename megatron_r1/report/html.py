@@ -11,11 +11,14 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from megatron_r1 import __version__
+from megatron_r1.report.catalogue import duration
 from megatron_r1.report.charts import Chart, cards, collect, draw, phase_chart, phase_shares
 from megatron_r1.report.journal import Row, read, replace_text
 from megatron_r1.report.samples import exhibits
 from megatron_r1.report.summary import flatten, read_summary
 
+LONGEST_NAME = 24
+"""Letters of a stage's name that fit into its box."""
 _TAG = re.compile(r"(&lt;/?(?:think|answer)&gt;)")
 
 
@@ -35,7 +38,7 @@ def render(output: Path) -> Path:
     phases = phase_chart(rows, [share.name for share in shares])
     pairs, singles = exhibits(read(output / "samples.jsonl"))
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             **_head(output, rows),
@@ -72,7 +75,8 @@ def _head(output: Path, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of the pages, with everything that a model wrote escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,6 +85,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["marked"] = _marked
+    environment.filters["duration"] = duration
+    environment.filters["shortened"] = lambda text: (
+        text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    )
     environment.filters["short"] = lambda value: "n/a" if value is None else f"{value:.3g}"
     return environment
 

@@ -13,8 +13,9 @@ def rollout_figures(groups: Sequence[Group]) -> dict[str, float]:
     `reward` is the weighted sum; `reward/<name>` its parts, over the samples they apply to; `accuracy` the share of
     right answers among those that could be judged, and `format` repeats the part of that name. `response_length` is
     in tokens, `reflective_words` per 1000 responses, `truncated` the share cut at the length limit,
-    `uniform_groups` the share of questions whose samples all got the same reward and so teach nothing. Of a mixture
-    of tasks `accuracy/<member>` is that of one member's questions.
+    `uniform_groups` the share of questions whose samples all got the same reward and so teach nothing,
+    `constant_rewards` how many parts are the same for all samples. Of a mixture of tasks `accuracy/<member>` is that of
+    one member's questions, and `accuracy/<difficulty>` that of the questions whose metadata say `difficulty`.
     """
     samples = [sample for group in groups for sample in group.samples]
     figures = {
@@ -22,7 +23,8 @@ def rollout_figures(groups: Sequence[Group]) -> dict[str, float]:
         "response_length": fmean(len(sample.tokens) for sample in samples),
         "truncated": fmean(not sample.finished for sample in samples),
         "reflective_words": 1000 * fmean(reflective_words(sample.text) for sample in samples),
-        "uniform_groups": fmean(len({sample.reward for sample in group.samples}) == 1 for group in groups),
+        "uniform_groups": fmean(uniform(group) for group in groups),
+        "constant_rewards": float(len(constant_rewards(groups))),
     }
     for name in samples[0].rewards:
         parts = [value for sample in samples if (value := sample.rewards[name]) is not None]
@@ -37,10 +39,26 @@ def _accuracies(groups: Sequence[Group]) -> dict[str, float]:
     judged: dict[str, list[bool]] = {}
     for group in groups:
         verdicts = [sample.correct for sample in group.samples if sample.correct is not None]
-        member = group.question.metadata.get("member")
-        for name in ("accuracy", f"accuracy/{member}") if member else ("accuracy",):
+        kinds = (group.question.metadata.get(key) for key in ("member", "difficulty"))
+        for name in ("accuracy", *(f"accuracy/{kind}" for kind in kinds if kind is not None)):
             judged.setdefault(name, []).extend(verdicts)
     return {name: fmean(verdicts) for name, verdicts in judged.items() if verdicts}
+
+
+def uniform(group: Group) -> bool:
+    """Whether all samples got the same reward, so that a comparison of them teaches nothing."""
+    return len({sample.reward for sample in group.samples}) == 1
+
+
+def constant_rewards(groups: Sequence[Group]) -> dict[str, float]:
+    """Reward parts that are the same for all samples of a rollout, and what they are."""
+    constant = {}
+    samples = [sample for group in groups for sample in group.samples]
+    for name in samples[0].rewards:
+        values = {value for sample in samples if (value := sample.rewards[name]) is not None}
+        if len(values) == 1:
+            constant[name] = values.pop()
+    return constant
 
 
 def throughput(groups: Sequence[Group], seconds: float) -> dict[str, float]:

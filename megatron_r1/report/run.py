@@ -30,7 +30,7 @@ from megatron_r1.report.console import Display, Lines, Silent, open_display
 from megatron_r1.report.html import render
 from megatron_r1.report.journal import Journal, replace_text
 from megatron_r1.report.metrics import Metrics, PhaseClock, check_names
-from megatron_r1.report.samples import sample_rows
+from megatron_r1.report.samples import Pieces, sample_rows
 from megatron_r1.report.summary import SUMMARY, write_summary
 from megatron_r1.report.trackers import Tracker, open_trackers
 from megatron_r1.types import Group
@@ -172,16 +172,17 @@ class Report:
         values = ", ".join(f"{name} {show(name, value)}" for name, value in figures.items())
         self.message(f"evaluation after {step} steps: {values}")
 
-    def samples(self, step: int, groups: Sequence[Group], tag: str) -> None:
+    def samples(self, step: int, groups: Sequence[Group], tag: str, pieces: Pieces | None = None) -> None:
         """Keep a few responses of the first groups, to be read later.
 
         Args:
             step: as in `evaluation`.
             groups: scored groups; the same questions under two tags appear side by side in report.html.
             tag: "before", "after" or "train".
+            pieces: token ids to their texts; with it the tokens are kept, too, with their log-probabilities.
         """
         if self.enabled:
-            for row in sample_rows(step, groups, tag):
+            for row in sample_rows(step, groups, tag, pieces):
                 self._samples.append(row)
 
     def message(self, text: str) -> None:

@@ -1,11 +1,14 @@
 """Responses kept for reading: from groups to rows of `samples.jsonl`, and from rows to pairs for report.html."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from megatron_r1.report.journal import Row
-from megatron_r1.types import Group
+from megatron_r1.types import Group, Sample
+
+Pieces = Callable[[list[int]], list[str]]
+"""Token ids -> what each adds to the text."""
 
 QUESTIONS = 8
 """Questions kept of one call."""
@@ -26,8 +29,11 @@ class Exhibit:
     columns: list[Row]
 
 
-def sample_rows(step: int, groups: Sequence[Group], tag: str) -> list[Row]:
-    """The first `QUESTIONS` groups with the first `RESPONSES` responses of each, ready for JSON."""
+def sample_rows(step: int, groups: Sequence[Group], tag: str, pieces: Pieces | None = None) -> list[Row]:
+    """The first `QUESTIONS` groups with the first `RESPONSES` responses of each, ready for JSON.
+
+    With `pieces` they hold their tokens, too, and what engine and trainer make of each.
+    """
     return [
         {
             "step": step,
@@ -35,6 +41,7 @@ def sample_rows(step: int, groups: Sequence[Group], tag: str) -> list[Row]:
             "question_id": group.question.id,
             "task": group.question.task,
             "prompt": group.question.prompt,
+            "question": group.question.metadata.get("text"),
             "answer": group.question.answer,
             "responses": [
                 {
@@ -43,12 +50,22 @@ def sample_rows(step: int, groups: Sequence[Group], tag: str) -> list[Row]:
                     "finished": sample.finished,
                     "reward": sample.reward,
                     "rewards": sample.rewards,
+                    **(_tokens(sample, pieces) if pieces else {}),
                 }
                 for sample in group.samples[:RESPONSES]
             ],
         }
         for group in groups[:QUESTIONS]
     ]
+
+
+def _tokens(sample: Sample, pieces: Pieces) -> Row:
+    trainer = sample.trainer_logprobs
+    return {
+        "pieces": pieces(sample.tokens),
+        "engine_logprobs": [round(value, 7) for value in sample.logprobs],
+        "trainer_logprobs": None if trainer is None else [round(value, 7) for value in trainer],
+    }
 
 
 def exhibits(rows: Sequence[Row]) -> tuple[list[Exhibit], list[Exhibit]]:

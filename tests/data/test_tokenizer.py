@@ -114,3 +114,17 @@ def test_missing_and_broken_folders(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="does not load"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["3 + 4 = 7, 先 7-2=5 wait", " 🎈 über <think>x</think>", "日本語 mixed with 漢字🎈🎈"])
+def test_pieces_join_to_the_text(tokenizer, text):
+    ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert pieces[0] == pieces[-1] == ""
+
+
+def test_pieces_of_a_broken_character(tokenizer):
+    ids = tokenizer.encode("7 🎈")[:-1]
+    assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)

@@ -14,8 +14,9 @@ from megatron_r1.config.load import validate
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.evaluate import filter as filtering
-from megatron_r1.evaluate.answers import Answer
 from megatron_r1.evaluate.benchmark import figures, run
+from megatron_r1.evaluate.estimators import interval
+from megatron_r1.rollout.answers import Answer
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.types import Question
 from tests.evaluate.run_files import KNOWN, lines, over, sampling
@@ -60,8 +61,11 @@ def test_figures_by_hand() -> None:
         "samples": 4,
         "pass@1": pytest.approx(statistics.fmean(rates)),
         "pass@1_error": pytest.approx(statistics.stdev(rates) / 3**0.5),
+        "pass@1_interval": interval(rates),
         "pass@2": pytest.approx((5 / 6 + 1 + 0) / 3),
+        "pass@2_interval": interval([5 / 6, 1, 0]),
         "cons@4": pytest.approx((0.5 + 0.75 + 0) / 3),
+        "cons@4_interval": interval([0.5, 0.75, 0]),
         "mean_tokens": 10,
         "truncated_share": pytest.approx(7 / 16),
         "rewards": {"known": pytest.approx(5 / 12)},
@@ -108,6 +112,7 @@ def test_a_second_run_counts_again_without_an_engine(
     said = capsys.readouterr()
     again = json.loads(said.out)
     assert "pass@8" in said.err
+    assert again["tasks"]["sums"].pop("pass@8_interval")
     assert again["tasks"]["sums"].pop("pass@8") > again["tasks"]["sums"]["pass@1"]
     assert again == first
 

@@ -1,10 +1,11 @@
+import random
 import statistics
 from itertools import combinations
 
 import pytest
 
-from megatron_r1.evaluate.answers import Answer
-from megatron_r1.evaluate.estimators import majority, pass_at_k, pass_rate, standard_error
+from megatron_r1.evaluate.estimators import difference, interval, majority, pass_at_k, pass_rate, standard_error
+from megatron_r1.rollout.answers import Answer
 
 
 def answer(final: str | None, correct: bool | None) -> Answer:
@@ -59,3 +60,43 @@ def test_majority(votes: list[tuple[str | None, bool]], expected: float) -> None
 def test_standard_error() -> None:
     assert standard_error([0.0, 1.0, 0.0, 1.0]) == pytest.approx((1 / 3) ** 0.5 / 2)
     assert standard_error([0.5]) is None
+
+
+def test_interval_of_yes_or_no_is_wilsons() -> None:
+    """The textbook's 95 % interval of 8 out of 10: 0.490 to 0.943."""
+    values = [1.0] * 8 + [0.0] * 2
+    # The standard error here divides by n - 1, so it is worth 9 trials: Wilson of 0.8 with n = 9.
+    n, z = 9, 1.959964
+    centre, spread = (0.8 + z * z / (2 * n)), z * (0.16 / n + z * z / (4 * n * n)) ** 0.5
+    low, high = interval(values) or (0.0, 0.0)
+    assert low == pytest.approx((centre - spread) / (1 + z * z / n), abs=1e-6)
+    assert high == pytest.approx((centre + spread) / (1 + z * z / n), abs=1e-6)
+
+
+def test_interval_of_all_right_does_not_shrink_to_a_point() -> None:
+    """The rule of Wilson for n of n: n / (n + z^2)."""
+    low, high = interval([1.0] * 20) or (0.0, 0.0)
+    assert [low, high] == pytest.approx([20 / (20 + 1.959964**2), 1.0])
+    assert interval([1.0]) is None
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Questions of different difficulty, four answers each: 95 % of the intervals hold the mean difficulty."""
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(1000):
+        rates = []
+        for _ in range(40):
+            difficulty = rng.choice((0.1, 0.5, 0.9))
+            rates.append(sum(rng.random() < difficulty for _ in range(4)) / 4)
+        low, high = interval(rates) or (0.0, 0.0)
+        covered += low <= 0.5 <= high
+    assert 925 <= covered <= 975
+
+
+def test_paired_difference_by_hand() -> None:
+    mean, low, high = difference([0.0, 0.5, 1.0, 0.0], [1.0, 0.5, 1.0, 0.5]) or (0.0, 0.0, 0.0)
+    changes = [1.0, 0.0, 0.0, 0.5]
+    error = statistics.stdev(changes) / 2
+    assert (mean, low, high) == pytest.approx((0.375, 0.375 - 1.959964 * error, 0.375 + 1.959964 * error))
+    assert difference([1.0], [0.0]) is None

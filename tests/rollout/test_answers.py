@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.errors import DataError
-from megatron_r1.evaluate.answers import Answer, AnswerFile, digest, final_answer, to_answers
+from megatron_r1.rollout.answers import Answer, AnswerFile, digest, final_answer, to_answers
 from megatron_r1.types import Group, Question, Sample
 
 GOOD = Answer("<think>é\n</think>\u2028 4", 7, True, True, {"known": 1.0, "form": None}, "4")

@@ -18,14 +18,14 @@ from megatron_r1.config.evaluation import SamplingSection, ServedModelSection
 from megatron_r1.config.section import Component
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
-from megatron_r1.evaluate.answers import Answer, AnswerFile, digest, to_answers
 from megatron_r1.registry import resolve
 from megatron_r1.reward.judge import Judge
+from megatron_r1.rollout.answers import Answer, AnswerFile, digest, to_answers
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scoring import scored_groups
 from megatron_r1.seeds import stream_seed
-from megatron_r1.types import Question
+from megatron_r1.types import Question, Sample
 
 SCORED = "scored.jsonl"
 
@@ -35,6 +35,7 @@ OpenEngine = Callable[[SamplingSection, Path, Tokenizer], AbstractContextManager
 
 def open_fleet(config: SamplingSection, output: Path, tokenizer: Tokenizer) -> Fleet:
     """The vLLM servers of [rollout]."""
+    Console(stderr=True).print(f"starting the engines, which log to {output / 'logs'}", style="dim")
     return Fleet(config.rollout, config.model.path, output, config.model.dtype, tokenizer.decode)
 
 
@@ -70,7 +71,12 @@ class Sampler:
         self._stack.close()
 
     def answers(
-        self, questions: Iterable[Question], total: int, rewards: dict[str, Component], task: Component, samples: int
+        self,
+        questions: Iterable[Question],
+        total: int,
+        rewards: dict[str, Component],
+        task: Component | None,
+        samples: int,
     ) -> Iterator[tuple[Question, list[Answer]]]:
         """Each question, in order, with its answers.
 
@@ -78,14 +84,12 @@ class Sampler:
             questions: what is asked.
             total: how many these are, for the progress bar.
             rewards: what judges the answers.
-            task: section of the task that the questions come from, for its verifier.
+            task: section of the task that the questions come from, for its verifier; None = they come from none.
             samples: answers to each question.
 
         Raises:
-            ConfigError: no reward judges whether an answer is right.
             EngineError: the engines do not start or die.
         """
-        check_judged(rewards)
         waiting = iter(questions)
         batches = iter(lambda: list(islice(waiting, self._config.batch)), [])
         with ExitStack() as stack:
@@ -102,20 +106,41 @@ class Sampler:
                 display.answered(len(batch))
                 yield from zip(batch, self._file.read(key), strict=True)
 
-    def _judge(self, rewards: dict[str, Component], task: Component) -> Judge:
-        return Judge(rewards, [task], workers=self._config.reward_workers, timeout=self._config.reward_timeout)
+    def prompt(self, question: Question) -> str:
+        """What the engine continues; a subclass may ask for something else than what is judged."""
+        return question.prompt
+
+    def edited(self, question: Question, sample: Sample) -> Sample:
+        """What is judged, and kept, of what the engine said to `prompt(question)`."""
+        return sample
+
+    def _judge(self, rewards: dict[str, Component], task: Component | None) -> Judge:
+        return Judge(
+            rewards, [task] if task else [], workers=self._config.reward_workers, timeout=self._config.reward_timeout
+        )
 
     def _sample(self, judge: Judge, batch: Sequence[Question], samples: int, number: int) -> list[list[Answer]]:
         if self._engine is None:
-            Console(stderr=True).print(f"starting the engines, which log to {self._output / 'logs'}", style="dim")
             opened = self._open_engine(self._config, self._output, self.tokenizer)
             self._engine = self._stack.enter_context(opened)
-        prompts = [self.tokenizer.encode_prompt(question.prompt) for question in batch]
+        prompts = [self.tokenizer.encode_prompt(self.prompt(question)) for question in batch]
         seed, rollout = stream_seed("answers", self._config.seed, number), self._config.rollout
         stream = self._engine.stream(
-            prompts, n=samples, seed=seed, temperature=rollout.temperature, top_p=rollout.top_p
+            prompts,
+            n=samples,
+            seed=seed,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_tokens,
         )
-        return [to_answers(group) for group in scored_groups(stream, judge, batch, prompts)]
+        edited = ((index, [self.edited(batch[index], sample) for sample in found]) for index, found in stream)
+        return [to_answers(group) for group in scored_groups(edited, judge, batch, prompts)]
+
+
+def sample_seed(config: SamplingSection, position: int, sample: int) -> int:
+    """The seed that an engine drew response number `sample` to the question at `position` with."""
+    batch, index = divmod(position, config.batch)
+    return stream_seed(stream_seed("answers", config.seed, batch), index, sample)
 
 
 class _Display(Progress):

@@ -1,0 +1,142 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1.errors import DataError
+from megatron_r1.report.data_tables import data_tables
+from megatron_r1.report.recipe_page import ModelState, RecipeState, StageState, render_recipe, write_state
+from megatron_r1.types import Group, Question, Sample
+from tests.report.browser import CHROMIUM, Browser
+from tests.report.test_html import HOSTILE, Page
+
+FIGURES = ["heldout_accuracy", "mean_length"]
+NEEDS: dict[str, tuple[str, list[str]]] = {
+    "base": ("pretrain", []),
+    "r1_zero": ("rl", ["base"]),
+    "cold_start": ("collect", ["r1_zero"]),
+    "dev1": ("sft", ["base", "cold_start"]),
+    "evaluate_base": ("evaluate", ["base"]),
+    "evaluate_dev1": ("evaluate", ["dev1"]),
+}
+
+
+def sampled(text: str, reward: float, trainer: list[float] | None = None) -> Group:
+    pieces = list(text)
+    sample = Sample(list(range(len(pieces))), [-0.5] * len(pieces), text, True, 0, {"accuracy": reward}, reward)
+    sample.trainer_logprobs = trainer
+    question = Question("q-1", "arithmetic", "User: 3 + 4? Assistant:", "7", {"text": "3 + 4?"})
+    return Group(question, [1, 2], [sample])
+
+
+def evaluated(folder: Path, **texts: str) -> None:
+    folder.mkdir()
+    rows = []
+    for number, task in enumerate(("sums", "chat", "sums")):
+        response = {"text": texts["text"], "tokens": 9, "finished": True, "correct": number == 0, "rewards": {}}
+        key = {"task": task, "question_id": f"q-{number}", "question": f"{task} {number}?", "answer": "7"}
+        rows.append(json.dumps(key | {"prompt": "p", "responses": [response]}))
+    (folder / "samples.jsonl").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, open_report: Any) -> Path:
+    """A recipe of six stages, one of them still running."""
+    output = tmp_path / "recipe"
+    output.mkdir()
+    with open_report(output=output / "r1_zero", steps=3) as report:
+        for step in range(3):
+            with report.step(step):
+                report.add({"reward": step / 2, "accuracy": step / 3})
+            text = ("no", "well <b>7</b>", "7")[step]
+            apart = [-0.5 + 0.25 * (index == 1) for index in range(len(text))]
+            report.samples(step, [sampled(text, step / 2, apart)], "train", lambda ids, text=text: list(text))
+    (output / "cold_start").mkdir()
+    counts = {"rows": 12, "domains": {"math": {"samples": 9, "dropped": {"wrong": 3}}, "chat": {"samples": 3}}}
+    (output / "cold_start/summary.json").write_text(json.dumps(counts))
+    evaluated(output / "evaluate_base", text=HOSTILE)
+    evaluated(output / "evaluate_dev1", text="<think>3+4=7</think> 7")
+    stages = [StageState(name, verb, needs, "done", 61.0) for name, (verb, needs) in NEEDS.items()]
+    stages[3] = StageState("dev1", "sft", ["base", "cold_start"], "running")
+    models = [ModelState("base", "evaluate_base", "base"), ModelState("dev1", "evaluate_dev1", "dev1")]
+    write_state(output, RecipeState("R1 <small>", stages, models, FIGURES))
+    figures = {"base": {"heldout_accuracy": 0.25, "mean_length": 31.2}, "dev1": {"heldout_accuracy": None}}
+    (output / "summary.json").write_text(json.dumps(figures))
+    return output
+
+
+def test_it_shows_what_the_stages_left(recipe: Path) -> None:
+    page = Page(render_recipe(recipe))
+    for text in ("R1 <small>", "5 of 6", "25.0 %", "31.2", "–", "1 min 01 s", "heldout accuracy 25.0 %", HOSTILE):
+        assert text in page.text
+    assert "running" in page.text
+    assert "evaluate_base" not in page.text  # an evaluation is a figure of its model, not a box
+    for text in ("dropped wrong", "chat 1?", "sums 0?"):
+        assert text in page.text
+    assert not [tag for tag, _ in page.tags if tag in ("img", "think", "small")]
+
+
+def test_it_loads_nothing(recipe: Path) -> None:
+    page = Page(render_recipe(recipe))
+    assert not [1 for tag, attributes in page.tags if {"src", "srcset", "action", "poster", "data"} & attributes.keys()]
+    links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
+    assert links == ["data:,", "r1_zero/report.html"]  # beside the page, and only followed when clicked
+    (recipe / "r1_zero/report.html").unlink()
+    assert "its own report" not in Page(render_recipe(recipe)).text
+
+
+def test_a_recipe_that_has_just_begun(tmp_path: Path) -> None:
+    write_state(tmp_path, RecipeState("Begun", [StageState("base", "pretrain", [], "running")]))
+    assert "0 of 1" in Page(render_recipe(tmp_path)).text
+
+
+def test_no_recipe_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="`megatron-r1 run` writes it"):
+        render_recipe(tmp_path)
+
+
+def test_tables_of_a_summary() -> None:
+    summary = {
+        "rows": 1234,
+        "by": {"math": {"n": 2, "mean": 0.51239}, "chat": {"n": 1, "deep": {"x": None}}},
+        "list": [1],
+    }
+    plain, by = data_tables(summary)
+    assert plain.rows == [("rows", ["1,234"])]
+    assert by.columns == ["n", "mean", "deep x"]
+    assert by.rows == [("math", ["2", "0.512", "–"]), ("chat", ["1", "–", "–"])]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_driven_in_a_browser(recipe: Path, tmp_path: Path, width: int) -> None:
+    with Browser(render_recipe(recipe), tmp_path / "profile", width) as page:
+        page.wait("document.querySelectorAll('#curves-r1_zero .js-plotly-plot').length > 0")
+        assert page.value("document.querySelectorAll('#graph rect').length") == 4
+        assert page.value("document.documentElement.scrollWidth <= innerWidth")
+        cards = "[...document.querySelectorAll('#list .response')].map((one) => one.textContent)"
+        assert len(page.value(cards)) == 3
+        assert page.value("document.querySelectorAll('#list b').length") == 0
+
+        def fill(name: str, value: str) -> None:
+            box = f"document.getElementById('{name}')"
+            page.value(f"{box}.value = '{value}'; {box}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+        fill("from-reward", "0.4")
+        assert len(page.value(cards)) == 2
+        assert page.value("document.getElementById('count').textContent") == "2 of 3 responses"
+        fill("by-text", "WELL")
+        (only,) = page.value(cards)
+        assert "step 1" in only
+        assert "well <b>7</b>" in only
+        fill("by-stage", "all")
+        page.hover("#list .token:nth-of-type(3)")
+        page.wait("!document.getElementById('tip').hidden")
+        tip = page.value("document.getElementById('tip').textContent")
+        for text in ("engine    -0.500000", "trainer   -0.250000", "2.50e-1 nats"):
+            assert text in tip
+        fill("by-text", "nothing like it")
+        assert page.value(cards) == []
+        assert page.requests == [page.page.resolve().as_uri()]
+        assert page.complaints == []

@@ -12,7 +12,7 @@ from megatron_r1.config.evaluation import EvaluateConfig, FilterConfig
 from megatron_r1.config.load import dump, load
 from megatron_r1.errors import ConfigError
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SUMS = {"type": "reasoning_gym", "dataset": "chain_sum"}
 MATH = {"type": "math", "source": "train.jsonl"}
 ENGINE = {"model": {"path": "model"}, "rollout": {"max_model_len": 64, "max_tokens": 32}}
@@ -49,11 +49,19 @@ def test_sampling_out_of_range(tmp_path: Path, override: str) -> None:
         load(written(tmp_path / "run.toml", tree), [override], EvaluateConfig)
 
 
-@pytest.mark.parametrize("verb", ["data decontaminate", "data filter", "evaluate"])
-def test_the_examples(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "example"),
+    [
+        ("data decontaminate", "data/decontaminate.toml"),
+        ("data filter", "data/filter.toml"),
+        ("evaluate", "evaluate/evaluate.toml"),
+        ("evaluate", "evaluate/benchmarks.toml"),
+    ],
+)
+def test_the_examples(verb: str, example: str, tmp_path: Path) -> None:
     module, _, name = VERBS[verb].config.partition(":")
     schema = getattr(importlib.import_module(module), name)
-    config = load(EXAMPLES / f"{verb.rpartition(' ')[2]}.toml", [], schema)
+    config = load(EXAMPLES / example, [], schema)
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(dump(config))
     assert load(resolved, [], schema) == config

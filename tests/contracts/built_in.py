@@ -25,6 +25,7 @@ TASKS: list[dict[str, Any]] = [
     {"type": "code", "source": str(DATA / "code.jsonl")},
     {"type": "general", "source": str(DATA / "general.jsonl")},
     {"type": "human_eval"},
+    {"type": "live_code_bench", "source": str(DATA / "live_code_bench.jsonl")},
     {"type": "logic"},
     {"type": "math", "source": str(DATA / "math.jsonl")},
     {

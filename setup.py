@@ -68,6 +68,7 @@ DEV = [
     "pytest~=9.2",  # test runner
     "pytest-timeout~=2.4",  # a hanging test fails
     "hypothesis~=6.170",  # property tests
+    "gguf~=0.19.0",  # writes the model file that the test of tools/smollm2.py converts
     "websockets>=17",  # drives report.html in a browser; vLLM brings it
     "ruff~=0.17.6",  # format and lint
     "mypy~=2.4",  # types

@@ -1,10 +1,11 @@
-"""`megatron-r1 <verb> run.toml [--section.key=value ...] [--dry-run] [--json]`.
+"""`megatron-r1 <verb> run.toml [--section.key=value ...] [--dry-run] [--json]`, `run recipe.toml`, `status DIR`.
 
 Each verb names its config class and the function that runs it; both are imported only when the verb is
 used, so `--help` stays instant.
 """
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_r1 import __version__
-from megatron_r1.errors import UserError
+from megatron_r1.errors import ConfigError, UserError
 from megatron_r1.launch import end_with_launcher, relaunch
 
 FIRST_RANK_SECONDS = 30.0
@@ -31,6 +32,8 @@ class Verb:
     help: str
     config: str
     run: str
+    final: str = "summary.json"
+    """The file below its output folder that says that it has finished."""
 
 
 VERBS = {
@@ -69,10 +72,36 @@ VERBS = {
         "megatron_r1.config.runs:RLConfig",
         "megatron_r1.train.rl:run",
     ),
+    "sft": Verb(
+        "supervised fine-tuning on prompts and responses",
+        "megatron_r1.config.sft:SFTConfig",
+        "megatron_r1.train.sft:run",
+    ),
+    "collect": Verb(
+        "sample, judge, filter and rewrite responses into a data set for sft (cold start, rejection sampling)",
+        "megatron_r1.config.collect:CollectConfig",
+        "megatron_r1.curate.collect:run",
+    ),
+    "preferences": Verb(
+        "have a judge compare or label responses, for reward models and dpo",
+        "megatron_r1.config.preferences:PreferencesConfig",
+        "megatron_r1.curate.preferences:run",
+    ),
+    "reward-model": Verb(
+        "train a reward model on preference pairs or labels",
+        "megatron_r1.config.reward_model:RewardModelConfig",
+        "megatron_r1.train.reward_model:run",
+    ),
+    "dpo": Verb(
+        "direct preference optimisation on preference pairs",
+        "megatron_r1.config.dpo:DPOConfig",
+        "megatron_r1.train.dpo:run",
+    ),
     "evaluate": Verb(
         "pass@1, pass@k and majority vote of a model on tasks",
         "megatron_r1.config.evaluation:EvaluateConfig",
         "megatron_r1.evaluate.benchmark:run",
+        final="results.json",
     ),
     "sandbox serve": Verb(
         "run programs for code rewards on other machines",
@@ -83,16 +112,19 @@ VERBS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 done, 1 the run failed, 2 bad input, 130/143 interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 bad input, 74 the disk is full, 130/143 interrupted.
+    """
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options, overrides = parser.parse_known_args(arguments)
-    verb = VERBS[options.verb]
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
     try:
-        return _run(verb, options, overrides, arguments)
+        return options.act(options, overrides, arguments)
     except UserError as error:
         if rank:
             # Most errors are raised on every rank. The first reports them, when it has stopped its engines, and its
@@ -107,11 +139,19 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return int(stop.code or 0) if isinstance(stop, SystemExit) else 130
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        from megatron_r1.recipe.process import DISK_FULL
+
+        print(f"megatron-r1 {options.verb}: the disk is full ({error}); make room and run it again", file=sys.stderr)
+        return DISK_FULL
 
 
-def _run(verb: Verb, options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+def _run(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
     from megatron_r1.config.load import dump, load
 
+    verb = VERBS[options.verb]
     config = load(options.config, overrides, _import(verb.config))
     if options.dry_run:
         print(dump(config), end="")
@@ -127,6 +167,43 @@ def _run(verb: Verb, options: argparse.Namespace, overrides: list[str], argument
         if options.json:
             print(json.dumps(summary))
     return 0
+
+
+def _recipe(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """`megatron-r1 run`."""
+    from megatron_r1.recipe.expand import read_recipe
+    from megatron_r1.recipe.run import Choice, run
+    from megatron_r1.recipe.show import dry_run
+
+    verbs = {name: verb for name, verb in VERBS.items() if name != "sandbox serve"}
+    plan = read_recipe(options.config, overrides, verbs)
+    if options.dry_run or options.stage:
+        dry_run(plan, options.json, options.stage)
+        return 0
+    summary = run(plan, Choice(options.anew, options.only, options.json))
+    if options.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def _status(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """`megatron-r1 status`."""
+    from megatron_r1.recipe.show import show_status
+
+    if overrides:
+        raise ConfigError(f"status takes no {overrides[0]!r}")
+    show_status(options.output, options.json)
+    return 0
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Is it the file system's refusal of more, or was it raised because of that?
+
+    Writers of tensors have errors of their own that only quote it.
+    """
+    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    cause = error.__cause__ or error.__context__
+    return full or os.strerror(errno.ENOSPC) in str(error) or (cause is not None and _disk_full(cause))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,8 +225,26 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, metavar="run.toml")
         command.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
         command.add_argument("--json", action="store_true", help="print the run's figures as JSON at the end")
-        command.set_defaults(verb=name)
+        command.set_defaults(verb=name, act=_run)
+    _add_recipe(groups[""])
     return parser
+
+
+def _add_recipe(commands: Any) -> None:
+    about = "run the stages of a recipe; what is done and unchanged is not done again"
+    command = commands.add_parser("run", help=about, description=about, allow_abbrev=False)
+    command.add_argument("config", type=Path, metavar="recipe.toml")
+    command.add_argument("--from", dest="anew", metavar="STAGE", help="run it and all that depends on it anew")
+    command.add_argument("--only", metavar="STAGE", help="run no other stage")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the graph and stop")
+    command.add_argument("--stage", metavar="STAGE", help="print the run file of a stage and stop")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON at the end; the graph, if dry")
+    command.set_defaults(verb="run", act=_recipe)
+    about = "the stages of a recipe that has been run, their state and times"
+    command = commands.add_parser("status", help=about, description=about, allow_abbrev=False)
+    command.add_argument("output", type=Path, metavar="DIR", help="the recipe's `output`")
+    command.add_argument("--json", action="store_true", help="the same as JSON")
+    command.set_defaults(verb="status", act=_status)
 
 
 def _import(target: str) -> Any:

@@ -10,7 +10,7 @@ A worked example, one question answered by a group of two::
                  weight_version=12)
     group = Group(question, prompt_tokens=[1, 88, 90], samples=[good, bad])
     judge([group])               # fills sample.rewards = {"accuracy": 1.0, "format": 1.0}, sample.reward = 2.0
-    estimate([group])            # fills sample.advantage = +1.0 and -1.0
+    estimate([group])            # fills sample.advantages = [+1.0, +1.0, +1.0] and [-1.0, -1.0, -1.0]
 """
 
 from dataclasses import dataclass, field
@@ -52,7 +52,15 @@ class Sample:
     """Weighted sum of the parts."""
     correct: bool | None = None
     """Whether the answer is right; None where no reward of the question judges that."""
-    advantage: float = 0.0
+    step_rewards: list[tuple[int, float]] = field(default_factory=list)
+    """Rewards of single reasoning steps: (number of the step's last token in `tokens`, reward), in order."""
+    values: list[float] | None = None
+    """The critic's value before each token, where a run has a critic. [response]"""
+    advantages: list[float] = field(default_factory=list)
+    """[response]"""
+    trainer_logprobs: list[float] | None = None
+    """The trainer's log-probability of each token under the policy that sampled it, once it is computed, nats.
+    [response]"""
 
 
 @dataclass

@@ -17,7 +17,7 @@ TESTS = ROOT / "tests"
 LAYERS = (
     {"cli", "launch"},
     {"recipe"},
-    {"train", "evaluate", "plan"},
+    {"train", "evaluate", "curate", "plan"},
     {"optim", "weight_sync", "checkpoint"},
     {"model", "rollout"},
     {"data", "reward", "advantage", "loss", "report"},

@@ -1,5 +1,6 @@
 """The command line as a user meets it: a process, its output, its exit code."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1 import __version__
-from megatron_r1.cli import VERBS
+from megatron_r1.cli import VERBS, _disk_full
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
@@ -41,6 +42,14 @@ def test_every_verb_has_help(name: str) -> None:
     assert done.returncode == 0
     assert VERBS[name].help in " ".join(done.stdout.split())
     assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "option"), [("run", "--from STAGE"), ("status", "--json")])
+def test_commands_over_recipes_have_help(name: str, option: str) -> None:
+    done = megatron_r1(name, "--help")
+    assert done.returncode == 0
+    assert option in done.stdout
+    assert f"    {name} " in megatron_r1("--help").stdout
 
 
 def test_version() -> None:
@@ -138,3 +147,20 @@ def test_a_dry_run_shows_and_checks_components(rl_file: Path) -> None:
     assert resolved["rewards"]["accuracy"]["partial_credit"] is False
     wrong = megatron_r1("rl", rl_file, "--dry-run", "--loss.type=grpo", "--loss.kl_coeff=0.1")
     assert_refused(wrong, "unknown key 'kl_coeff', did you mean 'kl_coef'")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EDQUOT, "x"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "x"), False),
+        (RuntimeError("x"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_its_error(error: Exception, full: bool) -> None:
+    assert _disk_full(error) is full
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = error
+    assert _disk_full(wrapped) is full

@@ -97,11 +97,12 @@ class Checkpoints:
                 f"cannot resume from {path}: it is damaged or of another model ({_reason(error)}); "
                 "delete it to go on from the one before, or choose another output folder"
             ) from error
-        trainable.module.load_state_dict(state["model"])
+        trainable.module.load_state_dict(state["model"], strict=not _frozen(trainable))
         _load_optimizer(trainable, state)
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
-                tensor.copy_(state[f"weights.{name}"][key])
+                if key in state[f"weights.{name}"]:
+                    tensor.copy_(state[f"weights.{name}"][key])
         torch.set_rng_state(state["rng"])
         figures: dict[str, float] = state["figures"]
         return figures
@@ -120,11 +121,15 @@ class Checkpoints:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
     def _state(self, trainable: Trainable, weights: WeightSets, figures: dict[str, float] | None) -> dict[str, Any]:
-        """What a checkpoint holds; `figures` is None when it is about to be loaded."""
+        """What a checkpoint holds; `figures` is None when it is about to be loaded.
+
+        Frozen weights, which the model's folder holds already, are left out.
+        """
+        frozen = _frozen(trainable)
         metadata = _METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         model = trainable.module.sharded_state_dict(prefix="model.", metadata=metadata)
         state = {
-            "model": {key.removeprefix("model."): value for key, value in model.items()},
+            "model": _without(frozen, model, "model."),
             "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=figures is None, metadata=metadata),
             "scheduler": trainable.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -132,13 +137,9 @@ class Checkpoints:
             "identity": self.identity,
         }
         for name, tensors in weights.items():
-            sharded = trainable.module.sharded_state_dict(prefix=f"weights.{name}.", metadata=metadata)
-            state[f"weights.{name}"] = {
-                key.removeprefix(f"weights.{name}."): _with_data(
-                    value, tensors.get(key.removeprefix(f"weights.{name}."))
-                )
-                for key, value in sharded.items()
-            }
+            prefix = f"weights.{name}."
+            sharded = _without(frozen, trainable.module.sharded_state_dict(prefix=prefix, metadata=metadata), prefix)
+            state[f"weights.{name}"] = {key: _with_data(value, tensors.get(key)) for key, value in sharded.items()}
         return state
 
 
@@ -163,6 +164,17 @@ def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
         group.update(setting)
     scheduler.num_steps = 0
     scheduler.step(state["scheduler"]["num_steps"])
+
+
+def _frozen(trainable: Trainable) -> set[str]:
+    """Names of the weights that are not trained (LoRA's base)."""
+    return {name for name, param in trainable.module.named_parameters() if not param.requires_grad}
+
+
+def _without(frozen: set[str], sharded: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A sharded state by the model's own names, but for those in `frozen`."""
+    named = {key.removeprefix(prefix): value for key, value in sharded.items()}
+    return {key: value for key, value in named.items() if key not in frozen}
 
 
 def _with_data(entry: Any, tensor: torch.Tensor | None) -> Any:

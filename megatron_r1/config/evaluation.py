@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from megatron_r1.config.component import RewardComponent, TaskComponent, default_rewards
+from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import RolloutSection, TaskSection
 
@@ -54,6 +55,8 @@ class SamplingSection(Section):
     """Responses to each question."""
     batch: PositiveInt = 128
     """Questions that are sampled together; a run that is killed loses the batch that it was at."""
+    reward_models: dict[str, RewardModelServerSection] = {}
+    """Reward models that run while answers are judged; a reward of type `reward_model` names the address of one."""
     reward_workers: PositiveInt = 2
     reward_timeout: PositiveFloat = 10.0
     """Seconds one verification may take."""

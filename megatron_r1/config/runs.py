@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.component import (
     AdvantageComponent,
@@ -13,6 +13,7 @@ from megatron_r1.config.component import (
     build,
     default_rewards,
 )
+from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import (
     CheckpointSection,
@@ -117,8 +118,47 @@ class ReferenceSection(Section):
     """Steps between `reference := policy`. R1 refreshes every 400 updates, which is 25 rollouts of 16."""
 
 
+class CriticSection(Section):
+    """[critic] of `rl`: the value function that `advantage.type = "gae"` needs."""
+
+    path: Path | None = None
+    """A Hugging Face folder to begin from: a causal model, which gets a new head, or a reward model. Default: the
+    policy's own."""
+    optim: OptimSection
+    value_clip: NonNegativeFloat = 0.2
+    """How far a value may move for one rollout, in units of the reward; 0 = as far as it likes."""
+    warmup: NonNegativeInt = 0
+    """Steps at the beginning in which the critic alone is trained."""
+    epochs: PositiveInt = 1
+    """Passes of the critic over each rollout."""
+
+
+class DynamicSamplingSection(Section):
+    """dynamic_sampling of `rl`: groups whose rewards are all equal are replaced by others (DAPO, 3.2)."""
+
+    max_rounds: PositiveInt = 4
+    """Rounds of sampling for one rollout, the first included; what is lacking then stays as it is."""
+
+
+class GeneralSection(TaskSection):
+    """[general] of `rl`: other prompts beside those of [data] in the last part of a run.
+
+    R1's second RL stage has general prompts with preference rewards in the last 400 of its 1,700 steps only, because
+    longer training on preferences leads to reward hacking (DeepSeek-R1, 2.3.4 and B.4.2).
+    """
+
+    from_step: NonNegativeInt = 0
+    """The first step with such prompts."""
+    share: float = Field(gt=0, le=1)
+    """Share of the questions of each rollout from then on."""
+
+    def questions(self, total: int) -> int:
+        """How many of a rollout's `total` questions come from here."""
+        return round(self.share * total)
+
+
 class RLConfig(Section):
-    """`megatron-r1 rl`: GRPO with verifiable rewards, R1-Zero being its plainest use.
+    """`megatron-r1 rl`: reinforcement learning with GRPO and its like or PPO, R1-Zero being its plainest use.
 
     One step is one rollout: `questions` x `group_size` responses, cut at random into `minibatches`
     optimizer updates.
@@ -141,14 +181,19 @@ class RLConfig(Section):
     """The run refuses to start when trainer and engine differ by more than this on average, nats per token."""
     data: TaskSection
     heldout: TaskSection
+    general: GeneralSection | None = None
+    dynamic_sampling: DynamicSamplingSection | None = None
     rewards: dict[str, RewardComponent] = {}
     """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys. Default: what the tasks
-    of [data] and [heldout] are usually scored by, each by its own."""
+    of [data], [heldout] and [general] are usually scored by, each by its own."""
+    reward_models: dict[str, RewardModelServerSection] = {}
+    """Reward models that the run serves to its own rewards; one of type `reward_model` names the address of one."""
     reward_workers: PositiveInt = 2
     reward_timeout: PositiveFloat = 10.0
     """Seconds one verification may take before its worker is killed and the part scores 0."""
     advantage: AdvantageComponent = {}
     loss: LossComponent = {}
+    critic: CriticSection | None = None
     reference: ReferenceSection = ReferenceSection()
     rollout: RolloutSection
     evaluation: EvaluationSection = EvaluationSection()
@@ -162,7 +207,9 @@ class RLConfig(Section):
     @classmethod
     def _scored_by_default(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """Without [rewards] each task is scored by its own defaults."""
-        sections = {name: tree.get(name) for name in ("data", "heldout")}
+        sections = {
+            name: tree.get(name) for name in ("data", "heldout", "general") if name != "general" or name in tree
+        }
         tasks = [
             part["task"] for part in sections.values() if isinstance(part, dict) and isinstance(part.get("task"), dict)
         ]
@@ -173,21 +220,27 @@ class RLConfig(Section):
         }
         return {**tree, **named, "rewards": default_rewards(*tasks)}
 
+    @property
+    def tasks(self) -> dict[str, TaskSection]:
+        """All sections that questions come from, by name."""
+        general = {"general": self.general} if self.general else {}
+        return {"data": self.data, "heldout": self.heldout, **general}
+
     @model_validator(mode="after")
     def _consistent(self) -> "RLConfig":
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size {self.group_size}: the advantage compares the samples of a group, so it needs at least 2"
-            )
         samples = self.questions * self.group_size
         if samples % self.minibatches:
             raise ValueError(
                 f"{self.questions} questions x {self.group_size} samples = {samples} "
                 f"do not divide into {self.minibatches} minibatches"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewarded(self) -> "RLConfig":
         if not self.rewards or self.data.rewards == []:
             raise ValueError("[rewards] is empty, and the task of [data] names no rewards: name at least one")
-        for section, part in (("data", self.data), ("heldout", self.heldout)):
+        for section, part in self.tasks.items():
             carried = build("task", part.task).reward_names()
             for name in [*(part.rewards or []), *sorted(carried)]:
                 if name not in self.rewards:
@@ -195,4 +248,33 @@ class RLConfig(Section):
                         f"`rewards` of [{section}] or of a member names {name!r}{nearest(name, self.rewards)}, which "
                         f"[rewards] does not have; it has {', '.join(self.rewards)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _estimable(self) -> "RLConfig":
+        """The estimator has what it needs, and nothing is there for nobody."""
+        estimator, kind = build("advantage", self.advantage), self.advantage["type"]
+        if self.group_size < 2 and (estimator.needs_group or self.dynamic_sampling):
+            who = f"advantage {kind!r}" if estimator.needs_group else "dynamic_sampling"
+            raise ValueError(
+                f"group_size {self.group_size}: {who} compares the samples of a group, so it needs at least 2"
+            )
+        if estimator.needs_values and not self.critic:
+            raise ValueError(f"advantage {kind!r} needs the values of a critic: write [critic.optim] with its `lr`")
+        if self.critic and not estimator.needs_values:
+            raise ValueError(f"[critic] is trained for nothing: advantage {kind!r} does not use it, 'gae' does")
+        if self.critic and self.critic.warmup >= self.steps:
+            raise ValueError(
+                f"critic.warmup {self.critic.warmup} leaves none of {self.steps} steps for the policy to be trained in"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _general_is_asked(self) -> "RLConfig":
+        if not self.general:
+            return self
+        if self.general.from_step >= self.steps:
+            raise ValueError(f"general.from_step {self.general.from_step}: the run ends after {self.steps} steps")
+        if not self.general.questions(self.questions):
+            raise ValueError(f"general.share {self.general.share:g} of {self.questions} questions is none")
         return self

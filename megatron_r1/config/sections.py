@@ -11,6 +11,20 @@ from megatron_r1.config.section import Section
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class LoraSection(Section):
+    """[model.lora]: low-rank adapters beside frozen linear layers (arXiv 2106.09685)."""
+
+    rank: PositiveInt = 16
+    """r, the inner dimension of an adapter."""
+    alpha: PositiveFloat = 32.0
+    """The adapter's product is scaled by alpha / rank."""
+    targets: list[Literal["attention", "mlp", "experts"]] = Field(default=["attention", "mlp"], min_length=1)
+    """Which linear layers have one: those of attention, those of dense and shared MLPs, those of routed experts."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's input that is dropped in training. In reinforcement learning it blurs the ratio between
+    new and old policy, so leave it 0 there."""
+
+
 class ModelSection(Section):
     """[model]: which model, and the training-only numbers that its Hugging Face config does not carry."""
 
@@ -28,6 +42,8 @@ class ModelSection(Section):
     init_std: PositiveFloat = 0.006
     """Standard deviation of random initialisation (DeepSeek-V3 4.2; the `initializer_range` of its
     published config.json, 0.02, is a left-over)."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters instead of the weights; None = train all weights."""
 
 
 class PolicySection(ModelSection):

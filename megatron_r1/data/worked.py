@@ -7,10 +7,18 @@ Every response starts with a space, as a document's text is prompt + solution an
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_r1.data.tasks.base import Problem
+from pydantic import NonNegativeFloat
+
+from megatron_r1.config import component
+from megatron_r1.config.component import TaskComponent
+from megatron_r1.config.section import Section
+from megatron_r1.data.questions import distinct
+from megatron_r1.data.source import Document, Source
+from megatron_r1.data.tasks.base import Problem, Task
+from megatron_r1.data.templates import render
 from megatron_r1.errors import ConfigError, nearest
 
 Style = Callable[[Problem, random.Random], str]
@@ -127,3 +135,38 @@ def styles(task: str) -> dict[str, Style]:
             f"available: {', '.join(sorted(SOLUTIONS))}"
         )
     return SOLUTIONS[task]
+
+
+class Worked(Source):
+    """Problems of a task in a prompt template, solved in styles of different quality."""
+
+    class Config(Section):
+        task: TaskComponent
+        template: str = "r1_zero"
+        quality: dict[str, NonNegativeFloat]
+        """Style of solution -> share of the documents (shares are normalised)."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError for an unknown task, style or template, or shares that sum to zero."""
+        super().__init__(config)
+        self._task: Task = component.build("task", config.task)
+        self._styles = styles(self._task.name)
+        render(config.template, "")
+        for name in config.quality:
+            if name not in self._styles:
+                raise ConfigError(
+                    f"quality: {self._task.name!r} has no style {name!r}{nearest(name, self._styles)}; "
+                    f"it has {', '.join(self._styles)}"
+                )
+        if sum(config.quality.values()) <= 0:
+            raise ConfigError(
+                f"quality: the shares {config.quality} sum to 0; give at least one style a positive share"
+            )
+
+    def documents(self, seed: int, exclude: frozenset[str]) -> Iterator[Document]:
+        rng = random.Random(seed)
+        names, shares = list(self.config.quality), list(self.config.quality.values())
+        for problem in distinct(self._task, seed, exclude, repeats=True):
+            style = rng.choices(names, shares)[0]
+            prompt = render(self.config.template, problem.text)
+            yield Document(prompt, self._styles[style](problem, rng), style)

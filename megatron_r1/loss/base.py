@@ -21,6 +21,10 @@ class LossInputs:
     old_logprobs: torch.Tensor | None = None
     """Log-probabilities under the policy that generated the rollout, by the trainer's own forward pass."""
     ref_logprobs: torch.Tensor | None = None
+    old_values: torch.Tensor | None = None
+    """What the critic said before each token when the rollout came in."""
+    returns: torch.Tensor | None = None
+    """What the critic should have said."""
 
 
 class Loss(Protocol):
@@ -33,6 +37,6 @@ class Loss(Protocol):
         """Weight of each token of every sequence of a global minibatch, from the sequences' lengths. [sequences]"""
         ...
 
-    def __call__(self, logprobs: torch.Tensor, inputs: LossInputs) -> tuple[torch.Tensor, Metrics]:
-        """This microbatch's part of the loss, from the policy's log-probabilities `[tokens]`."""
+    def __call__(self, outputs: torch.Tensor, inputs: LossInputs, /) -> tuple[torch.Tensor, Metrics]:
+        """This microbatch's part of the loss, from the model's log-probabilities (or values) `[tokens]`."""
         ...

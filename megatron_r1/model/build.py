@@ -1,6 +1,7 @@
 """A Hugging Face folder -> Megatron's GPTModel with its weight map."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -13,11 +14,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import ConfigError, DataError, nearest
+from megatron_r1.model import lora
 from megatron_r1.model.family import Family, HFConfig
 from megatron_r1.model.hf_folder import TensorReader, read_config
 from megatron_r1.model.layers import with_replacements
 from megatron_r1.model.mapping import WeightMap
 from megatron_r1.model.parallel import device
+from megatron_r1.model.rotary import rotary_arguments
+from megatron_r1.model.scalar_head import (
+    ScalarModel,
+    TrunkReader,
+    as_classifier,
+    causal_architecture,
+    is_classifier,
+    scalar_rules,
+)
 from megatron_r1.registry import BUILT_IN, resolve
 
 
@@ -30,19 +41,28 @@ class BuiltModel:
     map: WeightMap
 
 
-def build_model(section: ModelSection, max_sequence_length: int) -> BuiltModel:
+def build_model(
+    section: ModelSection, max_sequence_length: int, head: Literal["vocabulary", "scalar"] | None = None
+) -> BuiltModel:
     """Build the model that `<path>/config.json` describes, with its weights or at random.
 
     Args:
         section: the run's [model].
         max_sequence_length: longest sequence that will be fed.
+        head: what the model gives at each position, None = what the folder's architecture says. "scalar" makes of a
+            causal model a `ScalarModel` with its trunk, without its MTP layers, and with a new head.
 
     Raises:
         DataError: unreadable folder, unsupported architecture or value, tensors that do not match.
-        ConfigError: the run would lose the MTP layer, or feed more than the model's context.
+        ConfigError: the run would lose the MTP layer, feed more than the model's context, or needs the vocabulary of
+            a model that has none.
     """
-    hf = read_config(section.path)
-    family = _family(hf)
+    source = read_config(section.path)
+    family = _family(source)
+    if head == "vocabulary" and is_classifier(source):
+        raise ConfigError(f"{section.path} is a reward model: it has no vocabulary to generate with")
+    scalar = head == "scalar" or is_classifier(source)
+    hf = as_classifier(source) if scalar else source
     limit = hf.get("max_position_embeddings", max_sequence_length)
     if max_sequence_length > limit:
         raise ConfigError(f"sequences of {max_sequence_length} tokens exceed max_position_embeddings {limit}")
@@ -52,24 +72,28 @@ def build_model(section: ModelSection, max_sequence_length: int) -> BuiltModel:
             "export: set mtp_loss_coef > 0, or num_nextn_predict_layers to 0 in config.json"
         )
     config = family.transformer_config(hf, section)
-    module = GPTModel(
+    module = (ScalarModel if scalar else GPTModel)(
         config=config,
         transformer_layer_spec=_decoder_spec(config),
         mtp_block_spec=_mtp_spec(config),
         vocab_size=hf["vocab_size"],
         max_sequence_length=max_sequence_length,
-        position_embedding_type="none" if config.multi_latent_attention else "rope",
-        rotary_base=hf.get("rope_theta", 10000),
         share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
+        **({"position_embedding_type": "none"} if config.multi_latent_attention else rotary_arguments(hf)),
     ).to(device())
-    weight_map = WeightMap(family.rules(hf))
+    weight_map = WeightMap(scalar_rules(family.rules(hf)) if scalar else family.rules(hf))
     if section.load_weights:
-        weight_map.load(module, TensorReader(section.path))
+        reader = TensorReader(section.path)
+        if scalar and not is_classifier(source):
+            reader = TrunkReader(section.path, family.rules(source), weight_map.rules, module.output_layer.weight)
+        weight_map.load(module, reader)
+    if section.lora:
+        lora.attach(module, section.lora)
     return BuiltModel(module, hf, weight_map)
 
 
 def _family(hf: HFConfig) -> type[Family]:
-    architecture = hf["architectures"][0]
+    architecture = causal_architecture(hf)
     known = BUILT_IN["family"]
     if architecture not in known:
         raise DataError(

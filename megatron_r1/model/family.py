@@ -1,9 +1,11 @@
 """What a model family must say: how its Hugging Face config becomes Megatron's, and which tensor is which."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.config.sections import ModelSection
@@ -25,8 +27,36 @@ class Rule:
     """The Hugging Face tensors that stand one under another in the Megatron tensor (dimension 0)."""
     copies: tuple[str, ...] = ()
     """Further Hugging Face names under which the same tensor is stored again."""
+    redundant: tuple[str, ...] = ()
+    """Names under which some checkpoints hold the same tensor again; accepted, but not written."""
     float32: bool = False
     """Kept in float32 whatever the model's dtype."""
+    groups: int = 1
+    """Each Hugging Face tensor is cut into this many blocks of rows; block i of all of them stands in the Megatron
+    tensor before block i + 1 of any. (Attention: a query group's queries, its key, its value, then the next.)"""
+    shares: tuple[int, ...] = ()
+    """Rows of the Hugging Face tensors relative to one another; empty = all the same."""
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The Megatron tensor that the Hugging Face tensors make.
+
+        Raises:
+            DataError: a tensor's rows do not divide into the blocks, or the tensors do not fit together.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        for name, part in zip(self.hf, parts, strict=True):
+            if part.size(0) % self.groups:
+                raise DataError(f"{name} has shape {list(part.shape)}: its rows do not divide by {self.groups} groups")
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise DataError(f"{name} has shape {list(part.shape)}, but {self.hf[0]} {list(parts[0].shape)}")
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def cut(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The Hugging Face tensors of a Megatron tensor: the inverse of `join`. Views where `groups` is 1."""
+        shares = self.shares or (1,) * len(self.hf)
+        blocks = tensor.unflatten(0, (self.groups, sum(shares), -1))
+        return [part.flatten(0, 2) for part in blocks.split(shares, dim=1)]
 
 
 class Family(Protocol):
@@ -43,6 +73,32 @@ class Family(Protocol):
         ...
 
 
+def plain_modules(section: ModelSection) -> dict[str, Any]:
+    """The part of every family's `TransformerConfig` that says where and in what numbers it is computed.
+
+    Fused kernels are off: they need Transformer Engine, Apex or Triton.
+    """
+    on_cpu = not torch.cuda.is_available()
+    dtype = getattr(torch, section.dtype)
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "use_cpu_initialization": on_cpu,
+        "attention_backend": AttnBackend.local,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "cross_entropy_loss_fusion": False,
+        "batch_p2p_comm": not on_cpu,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, even without experts
+    }
+
+
 def require(hf: HFConfig, key: str, *allowed: Any) -> Any:
     """`hf[key]`, checked.
 
@@ -55,3 +111,20 @@ def require(hf: HFConfig, key: str, *allowed: Any) -> Any:
         choices = " or ".join(repr(value) for value in allowed)
         raise DataError(f"config.json: {key} = {hf[key]!r} is not supported, only {choices}")
     return hf[key]
+
+
+def refuse_other(hf: HFConfig, **only: Any) -> None:
+    """Check switches that a config may leave out: each one's only supported value is that of leaving it out.
+
+    Raises:
+        DataError: one is set to another value.
+    """
+    for key, value in only.items():
+        if hf.get(key) is not None:
+            require(hf, key, value)
+
+
+def gated_mlp(ours: str, theirs: str) -> Iterator[Rule]:
+    """down(silu(gate(x)) * up(x)): Megatron keeps gate and up in one matrix."""
+    yield Rule(f"{ours}.linear_fc1.weight", (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"))
+    yield Rule(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",))

@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron_r1.errors import DataError
 from megatron_r1.model.family import Rule
 from megatron_r1.model.hf_folder import TensorReader
+from megatron_r1.model.lora import adapters, without_adapters
 
 
 class WeightMap:
@@ -31,7 +32,7 @@ class WeightMap:
         ours = weights(model)
         known: set[str] = set()
         for rule in self.rules:
-            known.update(rule.hf, rule.copies)
+            known.update(rule.hf, rule.copies, rule.redundant)
             missing = [name for name in rule.hf if name not in reader]
             target = ours.pop(rule.megatron, None)
             if target is None:
@@ -39,12 +40,18 @@ class WeightMap:
                 continue
             if missing:
                 raise DataError(f"the checkpoint has no {', '.join(missing)}, which fill {rule.megatron}")
-            value = torch.cat([reader[name] for name in rule.hf]) if len(rule.hf) > 1 else reader[rule.hf[0]]
+            value = rule.join([reader[name] for name in rule.hf])
             if value.shape != target.shape:
                 raise DataError(
                     f"{' + '.join(rule.hf)} has shape {list(value.shape)}, "
                     f"but config.json makes {rule.megatron} {list(target.shape)}"
                 )
+            for name in rule.redundant:
+                if name in reader and not torch.equal(reader[name], value):
+                    raise DataError(
+                        f"the checkpoint's {name} differs from {rule.hf[0]}, but config.json says that they are one: "
+                        "set tie_word_embeddings = false there if they are two"
+                    )
             target.copy_(value)
         if ours:
             raise DataError(f"no rule fills {len(ours)} tensors of the model, for example {next(iter(ours))}")
@@ -53,14 +60,19 @@ class WeightMap:
             raise DataError(f"no rule knows {len(unknown)} tensors of the checkpoint, for example {unknown[0]}")
 
     def export(self, model: GPTModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names and values; views of the model's own memory where the dtype already fits."""
-        ours = weights(model)
+        """Hugging Face names and values; views of the model's own memory where dtype and order already fit.
+
+        Adapters are merged into the weights that they belong to.
+        """
+        ours, added = without_adapters(weights(model)), adapters(model)
         for rule in self.rules:
             if rule.megatron not in ours:
                 continue
             tensor = ours.pop(rule.megatron).detach()
+            if adapter := added.get(rule.megatron):
+                tensor = adapter.merged(tensor)
             tensor = tensor if rule.float32 else tensor.to(dtype)
-            yield from zip(rule.hf, tensor.chunk(len(rule.hf)), strict=True)
+            yield from zip(rule.hf, rule.cut(tensor), strict=True)
             yield from ((name, tensor) for name in rule.copies)
         if ours:
             raise DataError(f"no rule exports {len(ours)} tensors of the model, for example {next(iter(ours))}")

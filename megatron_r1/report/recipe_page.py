@@ -1,10 +1,8 @@
 """`report.html` of a recipe: one self-contained page over all of its stages, made from their folders alone.
 
-It reads `recipe.json` (`RecipeState`, which the recipe writes as it goes), the recipe's `summary.json`, and of each
-stage the `metrics.jsonl`, `samples.jsonl` and `summary.json` that its verb has written.
+It reads of each stage the `metrics.jsonl`, `samples.jsonl` and `summary.json` that its verb has written.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_r1 import __version__
-from megatron_r1.errors import DataError
 from megatron_r1.report.catalogue import duration, show_as
 from megatron_r1.report.charts import Chart, collect, draw
 from megatron_r1.report.data_tables import DataTable, data_tables
@@ -23,8 +20,6 @@ from megatron_r1.report.journal import read, replace_text
 from megatron_r1.report.recipe_answers import compare, rollouts
 from megatron_r1.report.recipe_graph import HEIGHT, WIDTH, Drawing, layout
 from megatron_r1.report.summary import read_summary
-
-STATE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class StageState:
     needs: list[str]
     """Stages that it reads."""
     state: str
-    """"done", "running", "failed" or "waiting"."""
+    """"done", "running", "failed", "interrupted" or "waiting"."""
     seconds: float | None = None
     """What it has taken, all attempts together."""
 
@@ -50,17 +45,19 @@ class ModelState:
     """The stage that evaluates it."""
     made_by: str | None
     """The stage that made it; None = it came from outside."""
+    figures: dict[str, float | None]
+    """Held out."""
 
 
 @dataclass(frozen=True)
 class RecipeState:
-    """What `recipe.json` holds."""
+    """A recipe as it stands."""
 
     title: str
     stages: list[StageState]
     models: list[ModelState] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
-    """Names of the figures that each model has in `summary.json`."""
+    """Names of the figures that each model has."""
 
 
 @dataclass(frozen=True)
@@ -74,36 +71,12 @@ class Curves:
     """Whether the stage has a report.html of its own."""
 
 
-def write_state(output: Path, state: RecipeState) -> None:
-    """Write `recipe.json` in one piece."""
-    replace_text(output / STATE, json.dumps(asdict(state), indent=2) + "\n")
-
-
-def read_state(output: Path) -> RecipeState:
-    """`recipe.json` of a recipe's folder.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    try:
-        tree = json.loads((output / STATE).read_text(encoding="utf-8"))
-        stages = [StageState(**stage) for stage in tree.pop("stages")]
-        models = [ModelState(**model) for model in tree.pop("models")]
-        return RecipeState(stages=stages, models=models, **tree)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{output / STATE} is not the state of a recipe ({error}); `megatron-r1 run` writes it"
-        ) from error
-
-
-def render_recipe(output: Path) -> Path:
+def render_recipe(output: Path, state: RecipeState) -> Path:
     """Write `output/report.html`; what is not there yet is left out.
 
     Raises:
         DataError: one of the files is damaged.
     """
-    state = read_state(output)
-    summary = read_summary(output)
     curves = [found for stage in state.stages if (found := _curves(output, stage))]
     comparisons, browsed = compare(output, state.models), rollouts(output, [curve.stage for curve in curves])
     page = (
@@ -113,11 +86,11 @@ def render_recipe(output: Path) -> Path:
             title=state.title,
             version=__version__,
             cards=_cards(state),
-            graph=_graph(state, summary),
+            graph=_graph(state),
             box_size=(WIDTH, HEIGHT),
             stages={stage.name: stage for stage in state.stages},
             header=[name.replace("_", " ") for name in state.figures],
-            rows=[(model, _figures(summary, model.name, state.figures)) for model in state.models],
+            rows=[(model, _figures(model, state.figures)) for model in state.models],
             comparisons=comparisons,
             tables=_tables(output, state),
             curves=curves,
@@ -141,21 +114,18 @@ def _cards(state: RecipeState) -> list[tuple[str, str]]:
     ]
 
 
-def _graph(state: RecipeState, summary: dict[str, Any]) -> dict[str, Any]:
+def _graph(state: RecipeState) -> dict[str, Any]:
     """The drawing; an evaluation is no box of its own but a figure in that of the model that it is about."""
     evaluations = {model.stage for model in state.models}
     drawn = [stage for stage in state.stages if stage.name not in evaluations]
     drawing: Drawing = layout({stage.name: stage.needs for stage in drawn})
     first = state.figures[0] if state.figures else ""
-    notes = {
-        model.made_by: _shown(first, summary.get(model.name, {}).get(first)) for model in state.models if model.made_by
-    }
+    notes = {model.made_by: _shown(first, model.figures.get(first)) for model in state.models if model.made_by}
     return {"drawing": drawing, "notes": notes, "figure": first.replace("_", " ")}
 
 
-def _figures(summary: dict[str, Any], model: str, names: Sequence[str]) -> list[str]:
-    found = summary.get(model) or {}
-    return [_shown(name, found.get(name)) for name in names]
+def _figures(model: ModelState, names: Sequence[str]) -> list[str]:
+    return [_shown(name, model.figures.get(name)) for name in names]
 
 
 def _shown(name: str, value: Any) -> str:

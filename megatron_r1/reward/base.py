@@ -1,10 +1,16 @@
 """What a reward is: one number for each sample of a group."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 from megatron_r1.config.section import Section
 from megatron_r1.types import Group
+
+Scores = list[float | None]
+"""One for each sample; None where the reward does not apply. [samples]"""
 
 
 class Reward(ABC):
@@ -28,6 +34,11 @@ class Reward(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @cached_property
+    def counters(self) -> Counter[str]:
+        """What went wrong, by name; the metrics show it as `<reward>_<name>`. Not of an `isolated` reward."""
+        return Counter()
+
     @property
     def deadline(self) -> float | None:
         """Seconds that one sample may take where this reward knows better than the run's `reward_timeout`."""
@@ -46,5 +57,14 @@ class Reward(ABC):
         """
 
     @abstractmethod
-    def __call__(self, group: Group) -> list[float | None]:
+    def __call__(self, group: Group) -> Scores:
         """One score a sample; None where the reward does not apply, which leaves it out of the sum. [samples]"""
+
+    def begin(self, group: Group) -> Callable[[], Scores]:
+        """Start to score; what is returned waits for the scores.
+
+        A reward that asks a server overrides this, so that others are scored while it answers; here they are computed
+        at once.
+        """
+        scores = self(group)
+        return lambda: scores

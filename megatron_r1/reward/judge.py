@@ -2,13 +2,13 @@
 
 A group is scored as soon as it is handed in, while others are still being generated. Rewards that only look at a
 text run here. Those that run a verifier on what the policy wrote (`isolated`) go to worker processes; one that hangs
-or kills its worker scores 0, and no other sample suffers for it.
+or kills its worker scores 0, and no other sample suffers for it. Those that ask a server have their requests in flight.
 """
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import Self
 from megatron_r1.config import component
 from megatron_r1.config.section import Component
 from megatron_r1.errors import ConfigError, nearest
-from megatron_r1.reward.base import Reward
+from megatron_r1.reward.base import Reward, Scores
 from megatron_r1.reward.verifiers import Verifiers
 from megatron_r1.reward.worker import Call, Verdict
 from megatron_r1.types import Group, Question, Sample
@@ -59,7 +59,9 @@ class Judge:
         self._starting: list[Future[list[Verdict]]] = []
         self._submitted: list[_Submitted] = []
         self.counters: Counter[str] = Counter(verifier_timeouts=0, verifier_crashes=0)
-        """Verifications that ran past the time limit, or died or raised: `failure_score` of the reward, mostly 0."""
+        """Verifications that ran past the time limit, or died or raised: `failure_score` of the reward, mostly 0. Then
+        what each reward counts itself, under `<reward>_<name>`."""
+        self._count()
 
     def __enter__(self) -> Self:
         if self._isolated:
@@ -96,34 +98,42 @@ class Judge:
         """Begin to score a complete group.
 
         Raises:
-            ConfigError: its question names a reward that the run does not have, or a reward returns what is no score.
+            ConfigError: its question names a reward that the run does not have.
         """
         names = self._applicable(group.question)
         for sample in group.samples:
             sample.rewards = dict.fromkeys(self._rewards)
         # Workers verify while the other rewards are computed here.
         calls = list(_chunks(group, [name for name in names if name in self._isolated]))
-        self._submitted.append(_Submitted(group, names, [(chunk, self._send(chunk)) for chunk in calls]))
-        for name in names:
-            if name not in self._isolated and not self._rewards[name].needs_correctness:
-                self._store(name, group.samples, self._rewards[name](group))
+        pending = [(chunk, self._send(chunk)) for chunk in calls]
+        here = [name for name in names if name not in self._isolated and not self._rewards[name].needs_correctness]
+        begun = [(name, self._rewards[name].begin(group)) for name in here]
+        self._submitted.append(_Submitted(group, names, pending, begun))
 
     def finish(self) -> None:
         """Wait until all that was submitted is scored.
 
         Raises:
             ConfigError: a question names a task that cannot be built, or a reward returns what is no score.
-            EngineError: a worker process or a sandbox does not work.
+            EngineError: a worker process, a sandbox or a server that a reward asks does not work.
         """
         submitted, self._submitted = self._submitted, []
         for part in submitted:
             for chunk, future in part.pending:
                 self._collect(chunk, future.result())
+            for name, scores in part.begun:
+                self._store(name, part.group.samples, scores())
             for name in part.names:
                 if self._rewards[name].needs_correctness:
                     self._store(name, part.group.samples, self._rewards[name](part.group))
             for sample in part.group.samples:
                 sample.reward = self._weighted_sum(sample)
+        self._count()
+
+    def _count(self) -> None:
+        for name, reward in self._rewards.items():
+            for what, count in reward.counters.items():
+                self.counters[f"{name}_{what}"] = count
 
     def _applicable(self, question: Question) -> list[str]:
         """The rewards that score this question, in the order of [rewards]."""
@@ -174,6 +184,9 @@ class _Submitted:
     group: Group
     names: list[str]
     pending: list[tuple[list[Call], "Future[list[Verdict]]"]]
+    """What worker processes verify."""
+    begun: list[tuple[str, Callable[[], Scores]]]
+    """The other rewards' scores."""
 
 
 def _chunks(group: Group, names: Sequence[str]) -> Iterator[list[Call]]:

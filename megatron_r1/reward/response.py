@@ -11,6 +11,9 @@ models distilled from it)."""
 AnswerIn = Literal["tags", "after_think", "anywhere"]
 """Where the answer is looked for: by the layout, or `anywhere` = as `after_think`, and in all of a response that does
 not reason in tags. That is for evaluating models that were not trained to."""
+Part = Literal["summary", "response"]
+"""What a reward model or a judge of preferences reads: `summary` = what follows the reasoning, `response` = all.
+DeepSeek-R1's helpful reward model scores the final summary only, its safety one the whole response."""
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 _OPEN = "<think>"
@@ -36,6 +39,21 @@ def split_reasoning(text: str) -> tuple[str | None, str | None]:
         return None, None
     reasoning, closed, after = rest.partition("</think>")
     return reasoning, after if closed else None
+
+
+def scored_part(text: str, part: Part) -> str:
+    """The part of a response that a reward model scores, without white space around it; training and serving alike.
+
+    A response without reasoning is its own summary; one whose reasoning never closes has none, so "" is returned.
+    `text` holds the `<think>` that a template may have put at the end of the prompt (see `response`), or the
+    `</think>` alone.
+    """
+    if part == "response":
+        return text.strip()
+    _, closed, after = text.partition("</think>")
+    if closed:
+        return after.strip()
+    return "" if _OPEN in text else text.strip()
 
 
 def extract_answer(text: str, where: AnswerIn = "tags") -> str | None:

@@ -1,8 +1,9 @@
 """The HTTP side of one vLLM server: batches of responses, weight updates, health; every call has a deadline."""
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from megatron_r1.rollout.server import Server
 HEALTH_SECONDS = 5.0
 CONTROL_SECONDS = 60.0
 """Deadline of a control call (pause, resume, cache reset)."""
+POLL_SECONDS = 0.25
+PROGRESS_SECONDS = 15.0
+
+logger = logging.getLogger(__name__)
 
 
 class Client:
@@ -117,3 +122,27 @@ class Client:
 
     def _refused(self, path: str, status: int, text: str) -> EngineError:
         return self.server.failure(f"answered {path} with {status}: {text[:500]}")
+
+
+def wait_until_healthy(clients: Sequence[Client], timeout: float, key: str) -> None:
+    """Wait until every server answers; `key` of the run file sets `timeout`, seconds.
+
+    Raises:
+        EngineError: a server died, or was not ready in time.
+    """
+    started = reported = time.monotonic()
+    waiting = list(clients)
+    while waiting:
+        for client in clients:
+            if not client.server.alive():
+                raise client.server.failure("has died")
+        waiting = [client for client in waiting if not client.healthy()]
+        elapsed = time.monotonic() - started
+        if waiting and elapsed > timeout:
+            raise waiting[0].server.failure(f"was not ready after {key} = {timeout:g} s")
+        if waiting and time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            logger.info("waiting for %d of %d vLLM servers, %.0f s", len(waiting), len(clients), elapsed)
+        if waiting:
+            time.sleep(POLL_SECONDS)
+    logger.info("%d vLLM servers ready after %.1f s", len(clients), time.monotonic() - started)

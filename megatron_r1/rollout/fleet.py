@@ -1,7 +1,6 @@
 """The vLLM servers of a run as one engine: started together, fed together, stopped together."""
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,17 +12,14 @@ from typing import Any, Self, TypeVar
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError
-from megatron_r1.rollout.client import HEALTH_SECONDS, Client
+from megatron_r1.rollout.client import HEALTH_SECONDS, Client, wait_until_healthy
 from megatron_r1.rollout.engine import Decode, Sampling, to_sample
-from megatron_r1.rollout.server import Server, read_config
+from megatron_r1.rollout.server import Server, engine_server, read_config
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 POLL_SECONDS = 0.25
-PROGRESS_SECONDS = 15.0
 
 
 class Fleet:
@@ -57,9 +53,9 @@ class Fleet:
         try:
             for index in range(section.engines):
                 log = run_dir / "logs" / f"engine-{index}.log"
-                self._servers.append(Server(section, index, model, dtype, log))
+                self._servers.append(engine_server(section, index, model, dtype, log))
             self._clients = [Client(server, section.request_timeout) for server in self._servers]
-            self._wait_until_healthy()
+            wait_until_healthy(self._clients, section.start_timeout, "rollout.start_timeout")
             self._on_all(lambda client: client.set_weight_version(version))
         except BaseException:  # Ctrl-C and SIGTERM too
             self.close()
@@ -155,24 +151,6 @@ class Fleet:
                 "(`megatron-r1 data filter` with [length] drops longer ones from a data set)"
             )
         return min(room, sampling.max_tokens)
-
-    def _wait_until_healthy(self) -> None:
-        started = reported = time.monotonic()
-        waiting = list(self._clients)
-        while waiting:
-            self.check()
-            waiting = [client for client in waiting if not client.healthy()]
-            elapsed = time.monotonic() - started
-            if waiting and elapsed > self.section.start_timeout:
-                raise waiting[0].server.failure(
-                    f"was not ready after rollout.start_timeout = {self.section.start_timeout:g} s"
-                )
-            if waiting and time.monotonic() - reported > PROGRESS_SECONDS:
-                reported = time.monotonic()
-                logger.info("waiting for %d of %d vLLM servers, %.0f s", len(waiting), len(self._clients), elapsed)
-            if waiting:
-                time.sleep(POLL_SECONDS)
-        logger.info("%d vLLM servers ready after %.1f s", len(self._clients), time.monotonic() - started)
 
     def _next(self, arrived: "SimpleQueue[T]", futures: Sequence["Future[None]"]) -> T:
         """What arrives next; a failure of any server is raised without waiting for the others.

@@ -23,6 +23,7 @@ from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.answers import Answer, AnswerFile, digest, to_answers
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.scorer import Scorers
 from megatron_r1.rollout.scoring import scored_groups
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Question, Sample
@@ -100,6 +101,7 @@ class Sampler:
                 key = digest(self._settings, rewards, samples, self._config.seed, number, asked)
                 if key not in self._file:
                     if judge is None:
+                        stack.enter_context(Scorers(self._config.reward_models, self._output))
                         judge = stack.enter_context(self._judge(rewards, task))
                         judge.wait_until_ready()
                     self._file.append(key, self._sample(judge, batch, samples, number))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import megatron_r1
+from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.engine import TRANSPORT
@@ -30,6 +31,8 @@ CPU_MLA_LATENT = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim): the only size that vLLM's MLA kernel for CPU takes."""
 CPU_STEP_TOKENS = 4096
 """Tokens of one scheduler step on CPU, if the longest sequence is not longer."""
+ServedSection = RolloutSection | RewardModelServerSection
+"""Both have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
 OWN_EXECUTOR_ARGUMENTS = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--distributed-executor")
 
 
@@ -37,30 +40,26 @@ class Server:
     """A vLLM server on loopback.
 
     Args:
-        section: the run file's [rollout].
-        index: which engine of the fleet; it listens at `section.port + index`.
-        model: a Hugging Face folder.
-        dtype: what the engine computes in, "float32" or "bfloat16".
-        log: file that the server's output is appended to.
+        command: what is run, under the supervisor.
+        environment: variables beside the run's own.
+        port: where the command listens.
+        log: file that its output is appended to.
+        key: of the run file, which sets the port.
 
     Raises:
         EngineError: the port is in use.
-        DataError: the model folder has no readable config.json.
     """
 
-    def __init__(self, section: RolloutSection, index: int, model: Path, dtype: str, log: Path) -> None:
-        self.port = section.port + index
+    def __init__(self, command: list[str], environment: dict[str, str], port: int, log: Path, key: str) -> None:
+        self.port = port
         self.log = log
-        on_cpu = not torch.cuda.is_available()
-        command = arguments(section, model.resolve(), dtype, self.port, on_cpu)
-        environment = os.environ | variables(section, model, on_cpu)
-        _check_free(self.port)
+        _check_free(port, key)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_r1.rollout.supervisor", str(os.getpid()), *command],
-                env=environment,
+                env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -99,30 +98,52 @@ class Server:
         self._process.wait()
 
 
+def engine_server(section: RolloutSection, index: int, model: Path, dtype: str, log: Path) -> Server:
+    """Engine `index` of a fleet, which listens at `section.port + index`.
+
+    Raises:
+        EngineError: the port is in use.
+        DataError: the model folder has no readable config.json.
+    """
+    on_cpu, port = not torch.cuda.is_available(), section.port + index
+    command = arguments(section, model, dtype, port, on_cpu)
+    key = "rollout.port (engine i listens at port + i)"
+    return Server(command, variables(section, model, on_cpu), port, log, key)
+
+
 def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cpu: bool) -> list[str]:
-    """The server's command line; the user's own arguments come last, so they win."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += [f"--model={model}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]
-    command += [f"--max-model-len={section.max_model_len}", f"--max-num-seqs={section.max_num_seqs}"]
+    """An engine's command line; the user's own arguments come last, so they win."""
+    command = base_arguments(section, model, dtype, port)
+    command += [f"--max-model-len={section.max_model_len}"]
     command += ["--skip-tokenizer-init", "--logprobs-mode=processed_logprobs", "--generation-config=vllm"]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
     command += ["--middleware=megatron_r1.rollout.batch_route.BatchRoute"]
     command += ["--worker-extension-cls=megatron_r1.rollout.receiver.Receiver"]
     command += [f'--weight-transfer-config={{"backend": "{TRANSPORT}"}}']
     if on_cpu:
-        command += ["--enforce-eager", f"--kv-cache-memory-bytes={int(section.kv_cache_gib * 2**30)}"]
-        # Upstream bug (vLLM 0.32): the CPU rotary kernel misreads MLA's strided queries, silently and by nats.
-        command += ['--compilation-config={"custom_ops": ["all", "-rotary_embedding"]}']
-        # Upstream bug (vLLM 0.32): a seeded request whose prompt is cut in chunks rewinds its random generator, which a
-        # generator on CPU refuses, and the engine dies.
-        step_tokens = max(section.max_model_len, CPU_STEP_TOKENS)
-        command += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={step_tokens}"]
-        if single_worker(section):
-            command += ["--distributed-executor-backend=uni"]
+        command += cpu_arguments(section, section.max_model_len)
     return command + section.arguments
 
 
-def variables(section: RolloutSection, model: Path, on_cpu: bool) -> dict[str, str]:
+def base_arguments(section: ServedSection, model: Path, dtype: str, port: int) -> list[str]:
+    """What the command line of any vLLM server of ours begins with."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += [f"--model={model.resolve()}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]
+    command += [f"--max-num-seqs={section.max_num_seqs}"]
+    return [*command, "--disable-log-stats", "--disable-uvicorn-access-log"]
+
+
+def cpu_arguments(section: ServedSection, longest: int) -> list[str]:
+    """What any server needs on CPU; `longest` = tokens of the longest sequence."""
+    command = ["--enforce-eager", f"--kv-cache-memory-bytes={int(section.kv_cache_gib * 2**30)}"]
+    # Upstream bug (vLLM 0.32): the CPU rotary kernel misreads MLA's strided queries, silently and by nats.
+    command += ['--compilation-config={"custom_ops": ["all", "-rotary_embedding"]}']
+    # Upstream bug (vLLM 0.32): a seeded request whose prompt is cut in chunks rewinds its random generator, which a
+    # generator on CPU refuses, and the engine dies.
+    command += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(longest, CPU_STEP_TOKENS)}"]
+    return [*command, "--distributed-executor-backend=uni"] if single_worker(section) else command
+
+
+def variables(section: ServedSection, model: Path, on_cpu: bool) -> dict[str, str]:
     """The server's environment, besides the run's own."""
     package_root = str(Path(megatron_r1.__file__).parents[1])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
@@ -147,7 +168,7 @@ def variables(section: RolloutSection, model: Path, on_cpu: bool) -> dict[str, s
     return settings
 
 
-def single_worker(section: RolloutSection) -> bool:
+def single_worker(section: ServedSection) -> bool:
     """Does the engine run as one worker, that is, do the user's arguments not ask for more?"""
     return not any(argument.startswith(OWN_EXECUTOR_ARGUMENTS) for argument in section.arguments)
 
@@ -170,7 +191,7 @@ def _cpu_kernel_takes_latent(model: Path) -> bool:
     return latent in ((None, None), CPU_MLA_LATENT)
 
 
-def _check_free(port: int) -> None:
+def _check_free(port: int, key: str) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -178,5 +199,5 @@ def _check_free(port: int) -> None:
         except OSError as error:
             raise EngineError(
                 f"port {port} on {HOST} cannot be used ({error.strerror}): stop the process that holds it, "
-                f"or choose another by rollout.port (engine i listens at port + i)"
+                f"or choose another by {key}"
             ) from error

@@ -14,6 +14,7 @@ from megatron_r1.model.parallel import from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.scorer import Scorers
 from megatron_r1.rollout.scoring import scored_groups
 from megatron_r1.types import Group, Question, Sample
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
@@ -63,10 +64,11 @@ class Collector:
         config = self._config
         with self._stack:
             with self._report.phase("start"):
+                self._stack.enter_context(Scorers(config.reward_models, config.output))
                 self._judge = self._stack.enter_context(
                     Judge(
                         config.rewards,
-                        tasks=[config.data.task, config.heldout.task],
+                        tasks=[section.task for section in config.tasks.values()],
                         workers=config.reward_workers,
                         timeout=config.reward_timeout,
                     )

@@ -1,4 +1,4 @@
-"""`Policy`: the model being trained, as the loops see it - log-probabilities out, updates in.
+"""Models being trained, as the loops see them: `Policy` - log-probabilities out, updates in - and its base.
 
 Microbatching, data parallelism and Megatron's forward/backward schedules live here.
 """
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -25,20 +26,19 @@ from megatron_r1.train.batch import MicroBatch, Minibatch
 Figures = dict[str, float]
 
 
-class Policy:
-    """A Megatron model with its optimizer.
+class TrainedModel:
+    """A Megatron model with its optimizer: what it says of the selected tokens, and updates.
 
     Args:
         model: built, weights loaded.
         optim: the run's [optim].
         updates: optimizer updates of the whole run.
-        temperature: log-probabilities are those of the distribution that is sampled at this temperature.
     """
 
-    def __init__(self, model: BuiltModel, optim: OptimSection, updates: int, temperature: float = 1.0) -> None:
+    def __init__(self, model: BuiltModel, optim: OptimSection, updates: int) -> None:
         self.model = model
         self.trainable = make_trainable(model, optim, updates)
-        self.observer = LogitsObserver(model.module, temperature)
+        _make_moments(self.trainable.optimizer)
         self.ranks = parallel_state.get_data_parallel_world_size()
         self.rank = parallel_state.get_data_parallel_rank()
         self._schedule = get_forward_backward_func()
@@ -47,18 +47,15 @@ class Policy:
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self.trainable.ddp.no_sync
 
-    @torch.no_grad()
-    def logprobs(self, minibatch: Minibatch) -> list[torch.Tensor]:
-        """Log-probability of every selected token, nats. One `[selected]` tensor a microbatch."""
-        outputs = self._run(minibatch, lambda logprobs, micro: (logprobs.sum() * 0, {"logprobs": logprobs.clone()}))
-        return [output["logprobs"] for output in outputs]
+    def read(self, output: torch.Tensor) -> torch.Tensor:
+        """What the losses get, from what the module gives. `[rows, seq]` both."""
+        return output
 
-    def logprobs_and_entropies(self, minibatch: Minibatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """`logprobs`, and the entropy of the distribution that each selected token was drawn from, nats."""
-        with self.observer.watching() as entropies:
-            logprobs = self.logprobs(minibatch)
-        pairs = zip(entropies, minibatch, strict=True)
-        return logprobs, [entropy.flatten()[micro.selected] for entropy, micro in pairs]
+    @torch.no_grad()
+    def outputs(self, minibatch: Minibatch) -> list[torch.Tensor]:
+        """What the model says of every selected token. One `[selected]` tensor a microbatch."""
+        outputs = self._run(minibatch, lambda said, micro: (said.sum() * 0, {"said": said.clone()}))
+        return [output["said"] for output in outputs]
 
     def step(self, minibatch: Minibatch, loss: Loss) -> Figures:
         """One optimizer update that minimises `loss` over the minibatch of all ranks.
@@ -75,8 +72,8 @@ class Policy:
         # say each token's share of the global minibatch, so both averages are undone.
         scale = len(minibatch) * self.ranks
 
-        def objective(logprobs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-            value, metrics = loss(logprobs, micro.inputs)
+        def objective(said: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+            value, metrics = loss(said, micro.inputs)
             return value * scale, metrics
 
         outputs = self._run(minibatch, objective, train=True)
@@ -90,8 +87,8 @@ class Policy:
     def evaluate(self, minibatch: Minibatch, loss: Loss) -> Figures:
         """The loss's metrics without an update."""
 
-        def objective(logprobs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-            value, metrics = loss(logprobs, micro.inputs)
+        def objective(said: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+            value, metrics = loss(said, micro.inputs)
             return value.clone(), metrics  # The schedule divides the value in place.
 
         return self._total(self._run(minibatch, objective))
@@ -109,8 +106,8 @@ class Policy:
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro = next(batches)
             positions = torch.arange(micro.tokens.size(1), device=micro.tokens.device).expand_as(micro.tokens)
-            cross_entropy = model(micro.tokens, positions, None, labels=micro.labels, packed_seq_params=_packing(micro))
-            return cross_entropy, lambda output: objective(-output.flatten()[micro.selected], micro)
+            output = model(micro.tokens, positions, None, labels=micro.labels, packed_seq_params=_packing(micro))
+            return output, lambda output: objective(self.read(output).flatten()[micro.selected], micro)
 
         outputs: list[Metrics] = self._schedule(
             forward_step_func=forward_step,
@@ -149,6 +146,44 @@ class Policy:
         value = float(MTPLossLoggingHelper.tracker["values"].mean()) / microbatches
         MTPLossLoggingHelper.clean_loss_in_tracker()
         return {"mtp_loss": value}
+
+
+class Policy(TrainedModel):
+    """A language model that is trained.
+
+    Args:
+        model: built, weights loaded.
+        optim: the run's [optim].
+        updates: optimizer updates of the whole run.
+        temperature: log-probabilities are those of the distribution that is sampled at this temperature.
+    """
+
+    def __init__(self, model: BuiltModel, optim: OptimSection, updates: int, temperature: float = 1.0) -> None:
+        super().__init__(model, optim, updates)
+        self.observer = LogitsObserver(model.module, temperature)
+
+    def read(self, output: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the labels; the module gives their cross-entropy."""
+        return -output
+
+    def logprobs(self, minibatch: Minibatch) -> list[torch.Tensor]:
+        """Log-probability of every selected token, nats. One `[selected]` tensor a microbatch."""
+        return self.outputs(minibatch)
+
+    def logprobs_and_entropies(self, minibatch: Minibatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """`logprobs`, and the entropy of the distribution that each selected token was drawn from, nats."""
+        with self.observer.watching() as entropies:
+            logprobs = self.logprobs(minibatch)
+        pairs = zip(entropies, minibatch, strict=True)
+        return logprobs, [entropy.flatten()[micro.selected] for entropy, micro in pairs]
+
+
+def _make_moments(optimizer: MegatronOptimizer) -> None:
+    """Adam makes its state at the first update; a checkpoint may come before that, in the warm-up of a critic."""
+    for adam in optimizer.chained_optimizers:
+        adam.init_state_fn(adam.optimizer, adam.config)
+        for group in adam.optimizer.param_groups:
+            group.setdefault("step", 0)
 
 
 def _packing(micro: MicroBatch) -> PackedSeqParams | None:

@@ -14,7 +14,7 @@ def advantages(rewards: list[float], **config: object) -> list[float]:
     samples = [Sample([1], [0.0], "", True, 0, reward=reward) for reward in rewards]
     group = Group(Question("q", "task", "?", "!"), [1], samples)
     GroupRelative(validate(GroupRelative.Config, config, where="test"))([group])
-    return [sample.advantage for sample in samples]
+    return [sample.advantages[0] for sample in samples]
 
 
 def test_worked_by_hand() -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tests.contracts.endpoints import ADDRESS
+
 DATA = Path(__file__).parent / "data"
 
 REWARDS: list[dict[str, Any]] = [
@@ -13,9 +15,11 @@ REWARDS: list[dict[str, Any]] = [
     {"type": "format"},
     {"type": "language_consistency"},
     {"type": "length"},
+    {"type": "model_judge", "url": f"{ADDRESS}/v1", "model": "judge"},
     {"type": "multiple_choice"},
     {"type": "reasoning_steps"},
     {"type": "repetition_penalty"},
+    {"type": "reward_model", "url": ADDRESS},
     {"type": "soft_overlong_punishment"},
     {"type": "tag_count"},
     {"type": "task"},

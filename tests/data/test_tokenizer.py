@@ -116,7 +116,9 @@ def test_missing_and_broken_folders(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["3 + 4 = 7, 先 7-2=5 wait", " 🎈 über <think>x</think>", "日本語 mixed with 漢字🎈🎈"])
+@pytest.mark.parametrize(
+    "text", ["3 + 4 = 7, 先 7-2=5 wait", " 🎈 über <think>x</think>", "日本語 mixed with 漢字🎈🎈"]
+)
 def test_pieces_join_to_the_text(tokenizer, text):
     ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
     pieces = tokenizer.pieces(ids)

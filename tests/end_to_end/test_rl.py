@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,3 +169,47 @@ def test_a_difference_above_the_bound_stops_the_run(closed_gate: tuple[Command, 
     assert "logprob_bound = 1e-12" in said
     assert not (output / "checkpoints").exists()
     assert not (output / "hf").exists()
+
+
+def ppo(prepared: Path, output: Path, port: int) -> dict[str, Any]:
+    """A critic that warms up for two steps, a KL penalty in the reward, and in the last step other prompts.
+
+    Nobody answers these right, so their groups are uniform, and asked again in another round.
+    """
+    tree = runs.rl(prepared, output, port)
+    other = {**runs.SUM, "options": {**runs.SUM["options"], "max_terms": 3}}
+    return tree | {
+        "steps": 4,
+        "advantage": {"type": "gae", "lam": 0.95, "kl_coef": 0.05},
+        "loss": {"type": "ppo"},
+        "critic": {"optim": {"lr": 5e-3}, "warmup": 2, "epochs": 2},
+        "dynamic_sampling": {"max_rounds": 2},
+        "general": {"task": other, "template": "r1_zero_short", "from_step": 3, "share": 0.5, "rewards": ["accuracy"]},
+    }
+
+
+def test_ppo_goes_on_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
+    """Killed in the warm-up, before the policy's optimizer has seen a gradient, and after it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    port = runs.free_port()
+    with Command("rl", runs.write(tmp_path / "whole.toml", ppo(prepared, whole, port))) as command:
+        assert command.end(300) == 0, command.message()
+    run_file = runs.write(tmp_path / "cut.toml", ppo(prepared, cut, port))
+    for done in (1, 3):
+        with Command("rl", run_file) as command:
+            command.until(checkpoint(cut, done), seconds=300).send(signal.SIGKILL)
+            assert command.end() == -signal.SIGKILL
+    with Command("rl", run_file) as command:
+        assert command.end(300) == 0, command.message()
+    assert weights(cut) == weights(whole) != weights(prepared / "base")
+    assert (cut / "critic/hf/model.safetensors").read_bytes() == (whole / "critic/hf/model.safetensors").read_bytes()
+    assert rows(cut) == rows(whole)
+    assert runs.summary(cut) == runs.summary(whole)
+    assert runs.summary(whole)["general_questions_drawn"] == 4
+    assert "reward 'accuracy' is 0 for all 16 samples of step 0" in (whole / "run.log").read_text()
+    assert 0.5 < runs.summary(whole)["critic_bytes"] / runs.summary(whole)["policy_bytes"] < 1.1
+    first, *_, last = rows(whole)
+    assert last["dropped_groups"] == 4
+    assert "ratio" not in first
+    assert last["critic_grad_norm"] > 0
+    assert last["ratio"] == pytest.approx(1, abs=0.2)

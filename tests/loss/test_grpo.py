@@ -145,3 +145,22 @@ def test_kl_is_never_negative_and_zero_at_the_reference() -> None:
     for sample in samples:
         sample["ref"] = sample["new"]
     assert float(loss(*inputs(loss, samples))[1]["kl"]) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dapo_and_dr_grpo_are_options(seed: int) -> None:
+    """DAPO eq. 8: clip-higher, no KL, all tokens alike. Dr. GRPO eq. 2: a constant in the place of |o_i|."""
+    samples = random_samples(seed)
+    gains = [
+        [
+            min(math.exp(n - o) * sample["advantage"], min(max(math.exp(n - o), 0.8), 1.28) * sample["advantage"])
+            for n, o in zip(sample["new"], sample["old"], strict=True)
+        ]
+        for sample in samples
+    ]
+    total, tokens = sum(map(sum, gains)), sum(map(len, gains))
+    keys = {"clip_eps": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.0}
+    dapo, dr = build(**keys, aggregate="token"), build(**keys, aggregate="constant", max_tokens=64)
+    assert not dapo.needs_reference
+    assert dapo(*inputs(dapo, samples))[0].item() == pytest.approx(-total / tokens, rel=1e-5)
+    assert dr(*inputs(dr, samples))[0].item() == pytest.approx(-total / (len(samples) * 64), rel=1e-5)

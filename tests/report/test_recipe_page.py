@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_r1.errors import DataError
 from megatron_r1.report.data_tables import data_tables
-from megatron_r1.report.recipe_page import ModelState, RecipeState, StageState, render_recipe, write_state
+from megatron_r1.report.recipe_page import ModelState, RecipeState, StageState, render_recipe
 from megatron_r1.types import Group, Question, Sample
 from tests.report.browser import CHROMIUM, Browser
 from tests.report.test_html import HOSTILE, Page
@@ -41,8 +40,8 @@ def evaluated(folder: Path, **texts: str) -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, open_report: Any) -> Path:
-    """A recipe of six stages, one of them still running."""
+def recipe(tmp_path: Path, open_report: Any) -> tuple[Path, RecipeState]:
+    """The folder of a recipe of six stages, one of them still running, and its state."""
     output = tmp_path / "recipe"
     output.mkdir()
     with open_report(output=output / "r1_zero", steps=3) as report:
@@ -59,15 +58,15 @@ def recipe(tmp_path: Path, open_report: Any) -> Path:
     evaluated(output / "evaluate_dev1", text="<think>3+4=7</think> 7")
     stages = [StageState(name, verb, needs, "done", 61.0) for name, (verb, needs) in NEEDS.items()]
     stages[3] = StageState("dev1", "sft", ["base", "cold_start"], "running")
-    models = [ModelState("base", "evaluate_base", "base"), ModelState("dev1", "evaluate_dev1", "dev1")]
-    write_state(output, RecipeState("R1 <small>", stages, models, FIGURES))
-    figures = {"base": {"heldout_accuracy": 0.25, "mean_length": 31.2}, "dev1": {"heldout_accuracy": None}}
-    (output / "summary.json").write_text(json.dumps(figures))
-    return output
+    models = [
+        ModelState("base", "evaluate_base", "base", {"heldout_accuracy": 0.25, "mean_length": 31.2}),
+        ModelState("dev1", "evaluate_dev1", "dev1", {"heldout_accuracy": None}),
+    ]
+    return output, RecipeState("R1 <small>", stages, models, FIGURES)
 
 
-def test_it_shows_what_the_stages_left(recipe: Path) -> None:
-    page = Page(render_recipe(recipe))
+def test_it_shows_what_the_stages_left(recipe: tuple[Path, RecipeState]) -> None:
+    page = Page(render_recipe(*recipe))
     for text in ("R1 <small>", "5 of 6", "25.0 %", "31.2", "–", "1 min 01 s", "heldout accuracy 25.0 %", HOSTILE):
         assert text in page.text
     assert "running" in page.text
@@ -77,23 +76,18 @@ def test_it_shows_what_the_stages_left(recipe: Path) -> None:
     assert not [tag for tag, _ in page.tags if tag in ("img", "think", "small")]
 
 
-def test_it_loads_nothing(recipe: Path) -> None:
-    page = Page(render_recipe(recipe))
+def test_it_loads_nothing(recipe: tuple[Path, RecipeState]) -> None:
+    page = Page(render_recipe(*recipe))
     assert not [1 for tag, attributes in page.tags if {"src", "srcset", "action", "poster", "data"} & attributes.keys()]
     links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
     assert links == ["data:,", "r1_zero/report.html"]  # beside the page, and only followed when clicked
-    (recipe / "r1_zero/report.html").unlink()
-    assert "its own report" not in Page(render_recipe(recipe)).text
+    (recipe[0] / "r1_zero/report.html").unlink()
+    assert "its own report" not in Page(render_recipe(*recipe)).text
 
 
 def test_a_recipe_that_has_just_begun(tmp_path: Path) -> None:
-    write_state(tmp_path, RecipeState("Begun", [StageState("base", "pretrain", [], "running")]))
-    assert "0 of 1" in Page(render_recipe(tmp_path)).text
-
-
-def test_no_recipe_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="`megatron-r1 run` writes it"):
-        render_recipe(tmp_path)
+    state = RecipeState("Begun", [StageState("base", "pretrain", [], "running")])
+    assert "0 of 1" in Page(render_recipe(tmp_path, state)).text
 
 
 def test_tables_of_a_summary() -> None:
@@ -110,8 +104,8 @@ def test_tables_of_a_summary() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_driven_in_a_browser(recipe: Path, tmp_path: Path, width: int) -> None:
-    with Browser(render_recipe(recipe), tmp_path / "profile", width) as page:
+def test_driven_in_a_browser(recipe: tuple[Path, RecipeState], tmp_path: Path, width: int) -> None:
+    with Browser(render_recipe(*recipe), tmp_path / "profile", width) as page:
         page.wait("document.querySelectorAll('#curves-r1_zero .js-plotly-plot').length > 0")
         assert page.value("document.querySelectorAll('#graph rect').length") == 4
         assert page.value("document.documentElement.scrollWidth <= innerWidth")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1.report.rollout_figures import heldout_figures, rollout_figures, throughput
+from megatron_r1.report.rollout_figures import constant_rewards, heldout_figures, rollout_figures, throughput, uniform
 from megatron_r1.types import Group, Question, Sample
 
 
@@ -54,6 +54,29 @@ def test_members_of_a_mixture() -> None:
         "accuracy/puzzles": 1.0,
     }
     assert heldout_figures(groups)["heldout_accuracy/sums"] == 0.5
+
+
+def test_difficulties() -> None:
+    """Of a mixture's members and by themselves; numbers as well as words."""
+    kinds = [({"member": "sums", "difficulty": 3}, 1.0), ({"member": "sums", "difficulty": 0}, 0.0)]
+    kinds += [({"difficulty": "hard"}, 0.0), ({}, 1.0)]
+    groups = [Group(Question("q", "task", "?", "!", kind), [1], [sample("x", 1, score)]) for kind, score in kinds]
+    figures = rollout_figures(groups)
+    assert {name: value for name, value in figures.items() if name.startswith("accuracy")} == {
+        "accuracy": 0.5,
+        "accuracy/sums": 0.5,
+        "accuracy/3": 1.0,
+        "accuracy/0": 0.0,
+        "accuracy/hard": 0.0,
+    }
+
+
+def test_parts_that_are_the_same_for_all_samples() -> None:
+    """Format is 1 everywhere; accuracy differs, but not within the second group, where nobody judges it."""
+    assert constant_rewards(GROUPS) == {"format": 1.0}
+    assert rollout_figures(GROUPS)["constant_rewards"] == 1.0
+    assert constant_rewards(GROUPS[1:]) == {"format": 1.0}
+    assert [uniform(group) for group in GROUPS] == [False, True]
 
 
 def test_throughput() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_r1.reward.format import well_formed
-from megatron_r1.reward.response import extract_answer, response, split_reasoning
+from megatron_r1.reward.response import extract_answer, response, scored_part, split_reasoning
 from megatron_r1.types import Question, Sample
 
 GOOD = "<think>a</think> <answer>5</answer>"
@@ -107,3 +107,20 @@ def test_a_prompt_that_opens_the_reasoning() -> None:
     sample = Sample([], [], "a</think> 5", True, 0)
     assert response(Question("0", "t", "q <think>\n", "5"), sample) == "<think>a</think> 5"
     assert response(Question("0", "t", "q", "5"), sample) == "a</think> 5"
+
+
+@pytest.mark.parametrize(
+    ("text", "summary"),
+    [
+        ("<think>a</think>  Four.\n", "Four."),
+        ("a</think>Four.", "Four."),  # the template has opened the reasoning
+        ("<think>a</think>Four</think>.", "Four</think>."),
+        ("  Four. ", "Four."),
+        ("<think>a</think> ", ""),
+        (" <think>a Four.", ""),
+        ("", ""),
+    ],
+)
+def test_scored_part(text: str, summary: str) -> None:
+    assert scored_part(text, "summary") == summary
+    assert scored_part(text, "response") == text.strip()

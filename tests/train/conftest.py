@@ -12,7 +12,7 @@ from megatron_r1.config.sections import OptimSection, ParallelSection, PolicySec
 from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.parallel import initialize
-from megatron_r1.train.batch import Minibatch, Share, Trajectory, split
+from megatron_r1.train.batch import Minibatch, Share, Trajectory, attach, split
 from megatron_r1.train.policy import Policy
 
 MODEL = Path(__file__).parents[2] / "examples/r1_tiny/model"
@@ -49,11 +49,17 @@ def rollout(samples: int = 24, seed: int = 0) -> list[Trajectory]:
     for _ in range(samples):
         prompt, response = rng.randint(3, 12), rng.randint(1, 30)
         tokens = [rng.randrange(400) for _ in range(prompt + response)]
-        made.append(Trajectory(tokens, response, rng.gauss(0, 1), [-1.0] * response))
+        made.append(Trajectory(tokens, response, [-1.0] * response))
     return made
 
 
 def one_minibatch(samples: list[Trajectory], loss: Grpo, capacity: int = 10_000) -> Minibatch:
-    """The whole rollout as one minibatch of packs of `capacity` tokens."""
+    """The whole rollout as one minibatch of packs of `capacity` tokens, with random advantages."""
     share = Share(rank=0, ranks=1, capacity=capacity, device=torch.device("cpu"))
-    return next(split(samples, 1, 0, loss, share))
+    return attach(next(split(samples, 1, 0, loss, share)), advantages=advantages(samples))
+
+
+def advantages(samples: list[Trajectory], seed: int = 0) -> list[list[float]]:
+    """An advantage of its own for every sample of a rollout."""
+    rng = random.Random(seed)
+    return [[rng.gauss(0, 1)] * sample.response_length for sample in samples]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_r1.loss.grpo import Grpo
-from megatron_r1.train.batch import Minibatch, Share, split
+from megatron_r1.train.batch import Minibatch, Share, attach, by_sample, split
 from tests.train.conftest import rollout
 
 LOSS = Grpo(Grpo.Config())
@@ -57,3 +57,24 @@ def test_a_rank_without_samples_gets_an_idle_pass() -> None:
     share = Share(rank=3, ranks=4, capacity=100, device=torch.device("cpu"))
     (minibatch,) = split(samples, 1, 0, LOSS, share)
     assert [micro.selected.numel() for micro in minibatch] == [0] * len(minibatch)
+
+
+@pytest.mark.parametrize(("minibatches", "ranks"), [(1, 1), (3, 4)])
+def test_what_is_attached_to_samples_comes_to_their_tokens_and_back(minibatches: int, ranks: int) -> None:
+    """Number `sample + token / 100` for every token: after packing it stands at that token, and is found again."""
+    samples = rollout()
+    known = [[n + t / 100 for t in range(sample.response_length)] for n, sample in enumerate(samples)]
+    found: dict[int, list[float]] = {}
+    for minibatch in (minibatch for rank in parts(minibatches, ranks) for minibatch in rank):
+        ready = attach(minibatch, advantages=known, returns=[[-x for x in one] for one in known])
+        for micro in ready:
+            assert micro.inputs.advantages is not None
+            assert micro.inputs.returns is not None
+            assert torch.equal(micro.inputs.returns, -micro.inputs.advantages)
+            predicted = micro.labels.flatten()[micro.selected].tolist()
+            at = [(int(x), round(x % 1 * 100)) for x in micro.inputs.advantages.tolist()]
+            assert predicted == [samples[n].tokens[-samples[n].response_length + t] for n, t in at]
+        values = [micro.inputs.advantages for micro in ready if micro.inputs.advantages is not None]
+        found |= {number: piece.tolist() for number, piece in by_sample(ready, values)}
+    assert sorted(found) == list(range(len(samples)))
+    assert all(found[n] == pytest.approx(numbers, rel=1e-6) for n, numbers in enumerate(known))

@@ -10,10 +10,10 @@ from megatron_r1.errors import NumericsError
 from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model.build import BuiltModel
 from megatron_r1.model.mapping import weights
-from megatron_r1.train.batch import Minibatch, Trajectory, with_logprobs
+from megatron_r1.train.batch import Minibatch, Trajectory, with_inputs
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.reference import Reference
-from tests.train.conftest import one_minibatch, rollout
+from tests.train.conftest import advantages, one_minibatch, rollout
 
 MakePolicy = Callable[..., Policy]
 LOSS = Grpo(Grpo.Config(clip_eps=0.2, kl_coef=0.1))
@@ -66,7 +66,7 @@ def test_temperature_sharpens_the_distribution(make_policy: MakePolicy) -> None:
 def gradient_figures(policy: Policy, capacity: int) -> dict[str, float]:
     minibatch = one_minibatch(rollout(), LOSS, capacity)
     old = policy.logprobs(minibatch)
-    return policy.step(with_logprobs(minibatch, old, [lp - 0.1 for lp in old]), LOSS)
+    return policy.step(with_inputs(minibatch, old_logprobs=old, ref_logprobs=[lp - 0.1 for lp in old]), LOSS)
 
 
 def test_an_update_does_not_depend_on_microbatching(make_policy: MakePolicy) -> None:
@@ -84,21 +84,21 @@ def test_an_update_is_adamw_on_the_written_out_objective(
     minibatch = one_minibatch(samples, LOSS)
     old = policy.logprobs(minibatch)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    policy.step(with_logprobs(minibatch, old, [lp - 0.1 for lp in old]), LOSS)
+    policy.step(with_inputs(minibatch, old_logprobs=old, ref_logprobs=[lp - 0.1 for lp in old]), LOSS)
     after = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     twin = make_model().module.train()
     parameters = dict(twin.named_parameters())
     assert all(torch.equal(parameters[name], before[name]) for name in before)
     objective = torch.tensor(0.0)
-    for sample in samples:
+    for sample, [advantage, *_] in zip(samples, advantages(samples), strict=True):
         tokens, labels = torch.tensor([sample.tokens[:-1]]), torch.tensor([sample.tokens[1:]])
         new = -twin(tokens, torch.arange(tokens.size(1))[None], None, labels=labels)[0]
         new = new[-sample.response_length :]
         ref = new.detach() - 0.1
         ratio = (new - new.detach()).exp()
         kl = (ref - new).exp() - (ref - new) - 1
-        objective = objective + (ratio * sample.advantage - 0.1 * kl).mean() / len(samples)
+        objective = objective + (ratio * advantage - 0.1 * kl).mean() / len(samples)
     (-objective).backward()
     adam = torch.optim.AdamW(parameters.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     adam.step()
@@ -115,7 +115,8 @@ def test_an_update_is_adamw_on_the_written_out_objective(
 def test_warmup_and_cosine_follow_the_formula(make_policy: MakePolicy) -> None:
     policy = make_policy(optim=OptimSection(lr=1e-3, min_lr=1e-4, schedule="cosine", warmup_steps=2, weight_decay=0.0))
     minibatch = one_minibatch(rollout(2), LOSS)
-    ready = with_logprobs(minibatch, policy.logprobs(minibatch), policy.logprobs(minibatch))
+    start = policy.logprobs(minibatch)
+    ready = with_inputs(minibatch, old_logprobs=start, ref_logprobs=start)
     rates = [policy.step(ready, LOSS)["lr"] for _ in range(10)]
     half = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * k / 8)).item()) for k in range(1, 9)]
     expected = [5e-4, 1e-3, *[1e-4 + 9e-4 * factor for factor in half]]
@@ -127,7 +128,7 @@ def test_reference_stays_until_refreshed(make_policy: MakePolicy) -> None:
     reference = Reference(policy, every=2)
     minibatch = one_minibatch(rollout(4), LOSS)
     start = policy.logprobs(minibatch)[0]
-    policy.step(with_logprobs(minibatch, [start], [start]), LOSS)
+    policy.step(with_inputs(minibatch, old_logprobs=[start], ref_logprobs=[start]), LOSS)
     moved = policy.logprobs(minibatch)[0]
     assert (moved - start).abs().max() > 1e-2
     assert torch.equal(reference.logprobs([minibatch])[0][0], start)
@@ -144,5 +145,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_policy: MakePolicy) ->
     before = {name: tensor.clone() for name, tensor in weights(policy.model.module).items()}
     bad = [torch.full_like(lp, float("nan")) for lp in policy.logprobs(minibatch)]
     with pytest.raises(NumericsError, match="not finite"):
-        policy.step(with_logprobs(minibatch, bad, bad), LOSS)
+        policy.step(with_inputs(minibatch, old_logprobs=bad, ref_logprobs=bad), LOSS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy.model.module).items())

@@ -27,7 +27,7 @@ from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model.build import BuiltModel, build_model, parameter_count
 from megatron_r1.model.parallel import device, initialize
 from megatron_r1.optim.optimizer import make_trainable
-from megatron_r1.train.batch import Minibatch, Share, Trajectory, from_rows, split, with_logprobs
+from megatron_r1.train.batch import Minibatch, Share, Trajectory, attach, from_rows, split, with_inputs
 from megatron_r1.train.policy import Policy
 
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -89,8 +89,13 @@ def rollout(config: RLConfig, vocab: int, samples: int, equal: bool) -> list[Tra
         response = longest if equal else min(max(drawn, 1), longest)
         head = prompt if equal else rng.randint(prompt // 2, prompt)
         tokens = [rng.randrange(3, vocab) for _ in range(head + response)]
-        made.append(Trajectory(tokens, response, rng.gauss(0, 1), [-1.0] * response))
+        made.append(Trajectory(tokens, response, [-1.0] * response))
     return made
+
+
+def advantage(sample: Trajectory) -> float:
+    """Any number that the sample alone decides."""
+    return random.Random(sample.tokens[-1]).gauss(0, 1)
 
 
 def padded(samples: list[Trajectory], rows: int) -> list[Row]:
@@ -105,7 +110,7 @@ def padded(samples: list[Trajectory], rows: int) -> list[Row]:
             tokens[row, : sample.length] = torch.tensor(sample.tokens[:-1])
             labels[row, : sample.length] = torch.tensor(sample.tokens[1:])
             response = slice(sample.length - sample.response_length, sample.length)
-            weights[row, response] = sample.advantage / (sample.response_length * len(samples))
+            weights[row, response] = advantage(sample) / (sample.response_length * len(samples))
         batches.append((tokens.to(device()), labels.to(device()), weights.to(device())))
     return batches
 
@@ -115,7 +120,8 @@ def packed(samples: list[Trajectory], policy: Policy, loss: Grpo, capacity: int)
     share = Share(rank=0, ranks=1, capacity=capacity, device=device())
     minibatch = next(split(samples, 1, 0, loss, share))
     old = policy.logprobs(minibatch)
-    return with_logprobs(minibatch, old, [value - 0.1 for value in old])
+    ready = attach(minibatch, advantages=[[advantage(s)] * s.response_length for s in samples])
+    return with_inputs(ready, old_logprobs=old, ref_logprobs=[value - 0.1 for value in old])
 
 
 def main() -> None:

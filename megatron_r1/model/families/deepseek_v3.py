@@ -6,14 +6,12 @@ Architecture: DeepSeek-V3 Technical Report (arXiv 2412.19437), section 2.
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import DataError
-from megatron_r1.model.family import HFConfig, Rule, require
+from megatron_r1.model.family import HFConfig, Rule, gated_mlp, plain_modules, require
 
 
 class DeepseekV3:
@@ -26,8 +24,6 @@ class DeepseekV3:
         Raises:
             DataError: a key is missing, or has a value that Megatron's modules do not implement.
         """
-        on_cpu = not torch.cuda.is_available()
-        dtype = getattr(torch, section.dtype)
         layers = require(hf, "num_hidden_layers")
         mtp_layers = hf.get("num_nextn_predict_layers", 0) if section.mtp_loss_coef > 0 else 0
         require(hf, "attention_bias", False)
@@ -49,21 +45,7 @@ class DeepseekV3:
             mtp_loss_scaling_factor=section.mtp_loss_coef,
             **_attention(hf),
             **_experts(hf, section),
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=dtype is torch.bfloat16,
-            use_cpu_initialization=on_cpu,
-            attention_backend=AttnBackend.local,
-            # Fused kernels need Transformer Engine, Apex or Triton.
-            bias_dropout_fusion=False,
-            bias_activation_fusion=False,
-            masked_softmax_fusion=False,
-            gradient_accumulation_fusion=False,
-            apply_rope_fusion=False,
-            persist_layer_norm=False,
-            cross_entropy_loss_fusion=False,
-            batch_p2p_comm=not on_cpu,
-            variable_seq_lengths=True,
+            **plain_modules(section),
         )
 
     @staticmethod
@@ -146,7 +128,6 @@ def _experts(hf: HFConfig, section: ModelSection) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "seq_aux_loss" if section.balance_loss_coef else "none",
         "moe_aux_loss_coeff": section.balance_loss_coef,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
     }
 
@@ -167,15 +148,10 @@ def _layer(hf: HFConfig, ours: str, layer: int) -> Iterator[Rule]:
     for megatron, name in pairs.items():
         yield Rule(f"{ours}.{megatron}.weight", (f"{theirs}.{name}.weight",))
     if layer < hf["first_k_dense_replace"]:
-        yield from _gated_mlp(f"{ours}.mlp", f"{theirs}.mlp")
+        yield from gated_mlp(f"{ours}.mlp", f"{theirs}.mlp")
         return
     yield Rule(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",))
     yield Rule(f"{ours}.mlp.router.expert_bias", (f"{theirs}.mlp.gate.e_score_correction_bias",), float32=True)
     for expert in range(hf["n_routed_experts"]):
-        yield from _gated_mlp(f"{ours}.mlp.experts.local_experts.{expert}", f"{theirs}.mlp.experts.{expert}")
-    yield from _gated_mlp(f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts")
-
-
-def _gated_mlp(ours: str, theirs: str) -> Iterator[Rule]:
-    yield Rule(f"{ours}.linear_fc1.weight", (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"))
-    yield Rule(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",))
+        yield from gated_mlp(f"{ours}.mlp.experts.local_experts.{expert}", f"{theirs}.mlp.experts.{expert}")
+    yield from gated_mlp(f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts")

@@ -1,0 +1,1 @@
+"""Data made by models: sampled, judged, filtered, rewritten, compared."""

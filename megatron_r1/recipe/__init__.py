@@ -1,0 +1,1 @@
+"""The stages of a recipe as a resumable graph with lineage."""

@@ -1,0 +1,238 @@
+"""`megatron-r1 run`: the stages of a recipe, one after another; what is done already is not done again."""
+
+import errno
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from megatron_r1.data.files import write_json
+from megatron_r1.errors import DataError, UserError
+from megatron_r1.recipe.artefacts import check_promises
+from megatron_r1.recipe.figures import page_state, summarize
+from megatron_r1.recipe.hashes import Hashes
+from megatron_r1.recipe.lock import Lock
+from megatron_r1.recipe.plan import Plan, Stage
+from megatron_r1.recipe.process import DISK_FULL, StageError, run_verb
+from megatron_r1.recipe.record import Record, key_of, read_lineage, supersede, write_lineage
+from megatron_r1.recipe.services import Services
+from megatron_r1.recipe.show import duration, print_outcome
+from megatron_r1.recipe.standing import Ledger, missing_file
+from megatron_r1.recipe.tree import resolve
+from megatron_r1.report.recipe_page import render_recipe
+
+SUMMARY = "summary.json"
+STAGE_FILE = "stage.toml"
+ANEW = ".from"
+"""Names the stage of a `--from` that has not got to its end: started again, it goes on and does not begin anew."""
+NOTE_SECONDS = 5.0
+"""Between notes of how long a stage has run, for one that is killed."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a recipe is run, and how."""
+
+    anew: str | None = None
+    """`--from`: this stage and all that depend on it, whether they have changed or not."""
+    only: str | None = None
+    """`--only`: no other stage than this."""
+    quiet: bool = False
+    """Nothing goes to standard output."""
+
+
+def run(plan: Plan, choice: Choice) -> dict[str, Any]:
+    """Run what is not done; killed and started again, go on where it was.
+
+    Returns:
+        See `figures.summarize`. It is written to `<output>/summary.json` once all stages are done.
+
+    Raises:
+        ConfigError: no such stage; another run is at work in the output folder.
+        DataError: something that a stage reads is not there.
+        StageError: a stage or a service failed, or the disk is full.
+    """
+    try:
+        with Lock(plan.output) as lock, Run(plan, choice, lock.descriptor) as running:
+            return running.all()
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise StageError(
+            f"the disk is full ({error.filename or plan.output}); what was finished is kept: make room, "
+            "and the same command goes on from there"
+        ) from error
+
+
+class Run:
+    """One run of a plan whose output folder is locked."""
+
+    def __init__(self, plan: Plan, choice: Choice, lock: int) -> None:
+        self.plan, self.choice, self.lock = plan, choice, lock
+        self.hashes = Hashes(plan.output / Hashes.FILE)
+        self.ledger = Ledger(plan, self.hashes)
+        self.services = Services(plan.services, plan.output, lock, say)
+        self.states = {stage.name: "not run" for stage in plan.stages}
+
+    def __enter__(self) -> "Run":
+        self.services.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.services.__exit__(*error)
+
+    def all(self) -> dict[str, Any]:
+        """Every stage that was chosen."""
+        stages = self._chosen()
+        self._check_files(stages)
+        self.plan.save()
+        (self.plan.output / SUMMARY).unlink(missing_ok=True)
+        if self.choice.anew:
+            self._begin_anew(stages)
+        try:
+            for stage in stages:
+                self._stage(stage)
+        except BaseException as error:
+            self.states |= {
+                name: "failed" if isinstance(error, UserError) else "interrupted"
+                for name, state in self.states.items()
+                if state == "running"
+            }
+            self._show()
+            render_recipe(self.plan.output, page_state(self.plan, summarize(self.plan, self._final_states())))
+            raise
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        """All that is done once the last stage is."""
+        (self.plan.output / ANEW).unlink(missing_ok=True)
+        summary = summarize(self.plan, self._final_states())
+        if "not run" not in self._final_states().values():
+            write_json(self.plan.output / SUMMARY, summary)
+        self._show()
+        say(f"report: {render_recipe(self.plan.output, page_state(self.plan, summary))}")
+        return summary
+
+    def _chosen(self) -> Sequence[Stage]:
+        for name in filter(None, (self.choice.anew, self.choice.only)):
+            self.plan.stage(name)
+        if self.choice.only is None:
+            return self.plan.stages
+        only = self.plan.stage(self.choice.only)
+        for name in only.needs:
+            if read_lineage(self.plan.output / name) is None:
+                raise DataError(
+                    f"--only {only.name}: it needs the stage {name}, which has not finished; run that first"
+                )
+            if self.ledger.standings()[name].state != "done":
+                say(f"{name} is out of date, but {only.name} takes its results as they are")
+        return [only]
+
+    def _check_files(self, stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            for text in stage.files:
+                if self.hashes.path(Path(text).expanduser()) is None:
+                    raise missing_file(stage, text)
+        self.hashes.save()
+
+    def _begin_anew(self, stages: Sequence[Stage]) -> None:
+        """Move the results of `--from` and of what depends on it away, once."""
+        note = self.plan.output / ANEW
+        chosen = f"{self.choice.anew} {self.choice.only or ''}\n"
+        if note.exists() and note.read_text() == chosen:
+            say(f"going on with --from {self.choice.anew}, which did not get to its end")
+            return
+        for stage in self.plan.depending_on(str(self.choice.anew)):
+            if stage in stages and (moved := supersede(self.plan, stage.name)):
+                say(f"{stage.name}: its results were moved to {moved}")
+        note.write_text(chosen)
+
+    def _stage(self, stage: Stage) -> None:
+        number = self.plan.stages.index(stage) + 1
+        title = f"[{number}/{len(self.plan.stages)}] {stage.name} ({stage.verb})"
+        standing = self.ledger.standing(stage)
+        if standing.state == "done":
+            self.states[stage.name] = "unchanged"
+            check_promises(self.plan, stage)
+            say(f"{title}: unchanged")
+            return
+        record = standing.record if standing.state == "started" else None
+        if record is None:
+            made_of = self.ledger.made_of(stage)
+            record = Record(stage.name, stage.verb, key_of(made_of), made_of)
+        if standing.state == "changed":
+            moved = supersede(self.plan, stage.name)
+            say(f"{title}: {standing.why}; its earlier results were moved to {moved}")
+        resumed = ", goes on where it was" if standing.state == "started" else ""
+        say(f"{title}{' <- ' + ', '.join(stage.needs) if stage.needs else ''}{resumed}")
+        self.states[stage.name] = "running"
+        if not record.ended_well():
+            self.services.only(stage.services)
+            self._attempt(stage, record)
+        write_lineage(self.plan, stage, record, self.hashes)
+        self.hashes.save()
+        self.states[stage.name] = "ran"
+        say(f"{title}: done in {duration(record.seconds)}")
+        check_promises(self.plan, stage)
+
+    def _attempt(self, stage: Stage, record: Record) -> None:
+        """Run the verb in the stage's folder."""
+        folder = self.plan.folder(stage)
+        folder.mkdir(exist_ok=True)
+        config = resolve(stage.config, self.plan.output) | {"output": str(folder)}
+        (folder / STAGE_FILE).write_text(tomli_w.dumps(config), encoding="utf-8")
+        attempt, begin = record.begin(), time.monotonic()
+        record.save(folder)
+
+        def watch() -> None:
+            self.services.check()
+            elapsed = time.monotonic() - begin
+            if elapsed - attempt.seconds > NOTE_SECONDS:
+                attempt.seconds = round(elapsed, 3)
+                record.save(folder)
+
+        state = "interrupted"
+        try:
+            code = run_verb(stage.verb, folder / STAGE_FILE, self.lock, self.choice.quiet, watch)
+            state = "failed" if code or not (folder / stage.final).exists() else "done"
+        finally:
+            attempt.state, attempt.seconds = state, round(time.monotonic() - begin, 3)
+            record.save(folder)
+        if code:
+            raise StageError(_explain(stage, code, folder))
+        if state != "done":
+            raise StageError(f"stage {stage.name} ({stage.verb}) ended well, but has written no {stage.final}")
+
+    def _final_states(self) -> dict[str, str]:
+        """With what an earlier run has finished, where this one left a stage out."""
+        finished = {name for name in self.states if read_lineage(self.plan.output / name) is not None}
+        return {
+            name: "unchanged" if state == "not run" and name in finished else state
+            for name, state in self.states.items()
+        }
+
+    def _show(self) -> None:
+        states = self._final_states()
+        stages = summarize(self.plan, states)["stages"]
+        print_outcome(self.plan, states, {name: stage["seconds"] for name, stage in stages.items()})
+
+
+def say(text: str) -> None:
+    """A line about the run, between those of its stages."""
+    print(f"\n== {text} ==", file=sys.stderr, flush=True)
+
+
+def _explain(stage: Stage, code: int, folder: Path) -> str:
+    if code == DISK_FULL:
+        return (
+            f"stage {stage.name} ({stage.verb}): the disk is full; what was finished is kept: make room, and the same "
+            "command goes on from there"
+        )
+    return (
+        f"stage {stage.name} ({stage.verb}) ended with exit code {code}; what it said stands above. Its run file is "
+        f"{folder / STAGE_FILE}; once mended, the same command goes on from there"
+    )

@@ -1,0 +1,90 @@
+"""PPO's second model: what is still to be earned before each token of a response."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config.runs import CriticSection, RLConfig
+from megatron_r1.loss.value import Value
+from megatron_r1.model import hf_folder
+from megatron_r1.model.build import build_model
+from megatron_r1.model.parallel import from_first_rank
+from megatron_r1.train.batch import Minibatch
+from megatron_r1.train.policy import Figures
+from megatron_r1.train.scorer import Scorer
+from megatron_r1.types import Sample
+
+
+class Critic:
+    """The value function of a run, with its optimizer and checkpoints.
+
+    The value before token t is read at the token before it, where the policy predicts token t.
+
+    Args:
+        config: the run; `critic` is there.
+        section: its [critic].
+    """
+
+    def __init__(self, config: RLConfig, section: CriticSection) -> None:
+        self._config, self._section = config, section
+        model = config.model.model_copy(update={"path": self._path, "mtp_loss_coef": 0.0})
+        built = build_model(model, config.rollout.max_model_len, head="scalar")
+        updates = config.steps * config.minibatches * section.epochs
+        self.scorer = Scorer(built, section.optim, updates)
+        self.loss = Value(Value.Config(value_clip=section.value_clip))
+        # Written before the policy's, and one more is kept, so that the policy's latest always finds its critic.
+        kept = config.checkpoint.model_copy(update={"keep": config.checkpoint.keep + 1})
+        self._checkpoints = Checkpoints(config.output / "checkpoints/critic", kept, {"seed": config.seed})
+
+    @property
+    def _path(self) -> Path:
+        return self._section.path or self._config.model.path
+
+    def values(self, batch: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
+        """The value before every selected token. One `[selected]` tensor a microbatch."""
+        return [self.scorer.values(minibatch) for minibatch in batch]
+
+    def step(self, batch: Sequence[Minibatch]) -> Figures:
+        """Train on a rollout; returns the mean of each figure over its updates."""
+        passes = [self.scorer.step(minibatch, self.loss) for _ in range(self._section.epochs) for minibatch in batch]
+        figures = {name: fmean(part[name] for part in passes) for name in passes[0]}
+        renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
+        return {renamed.get(name, name): value for name, value in figures.items()}
+
+    def warming(self, step: int) -> bool:
+        """Whether only the critic learns in this step: a policy that follows wrong values unlearns."""
+        return step < self._section.warmup
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps."""
+        self._checkpoints.save(done, self.scorer.trainable, {}, {})
+
+    def load(self, done: int) -> None:
+        """Restore the state after `done` steps.
+
+        Raises:
+            DataError, ConfigError: as `Checkpoints.load`.
+        """
+        self._checkpoints.load(done, self.scorer.trainable, {})
+
+    def export(self) -> None:
+        """Write the critic as a Hugging Face folder, from which another run's `critic.path` begins."""
+        model, config = self.scorer.model, self._config
+        tensors: Any = model.map.export(model.module, getattr(torch, config.model.dtype))
+        folder, base = config.output / "critic/hf", self._path
+        from_first_rank(lambda: hf_folder.write(folder, model.hf, tensors, config.tokenizer or base, base))
+
+
+def explained_variance(samples: Sequence[Sample], returns: Sequence[Sequence[float]]) -> float:
+    """1 - Var(R - V) / Var(R) over all tokens: 1 for a critic that knows, 0 for one that says the mean always.
+
+    `returns`: [samples][response]
+    """
+    earned = torch.tensor([number for sample in returns for number in sample])
+    said = torch.tensor([value for sample in samples for value in sample.values or []])
+    spread = earned.var(correction=0)
+    return float(1 - (earned - said).var(correction=0) / spread) if spread else 0.0

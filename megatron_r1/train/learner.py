@@ -1,0 +1,155 @@
+"""The trainer's side of reinforcement learning: what is updated, and what its losses compare with."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_r1.advantage.base import Advantage
+from megatron_r1.checkpoint.store import WeightSets
+from megatron_r1.config import component
+from megatron_r1.config.runs import RLConfig
+from megatron_r1.data.questions import heldout, texts
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.loss.base import Loss
+from megatron_r1.model import hf_folder
+from megatron_r1.model.build import build_model, check_tokenizer
+from megatron_r1.model.parallel import device, from_first_rank
+from megatron_r1.report.rollout_figures import heldout_figures
+from megatron_r1.report.run import Report
+from megatron_r1.seeds import stream_seed
+from megatron_r1.train.batch import Minibatch, Share, attach, split, trajectories, with_inputs
+from megatron_r1.train.collector import Collector
+from megatron_r1.train.critic import Critic, explained_variance
+from megatron_r1.train.gather import gather
+from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks
+from megatron_r1.train.policy import Figures, Policy
+from megatron_r1.train.reference import Reference
+from megatron_r1.train.rollouts import Rollouts
+from megatron_r1.types import Group, Question, Sample
+
+
+@dataclass
+class Learner:
+    """What is sampled for, how it is scored into a loss, what is updated."""
+
+    config: RLConfig
+    tokenizer: Tokenizer
+    policy: Policy
+    reference: Reference | None
+    """None where neither loss nor advantage needs one."""
+    critic: Critic | None
+    rollouts: Rollouts
+    heldout: list[Question]
+    advantage: Advantage
+    loss: Loss
+
+    @classmethod
+    def build(cls, config: RLConfig) -> "Learner":
+        """Everything that needs no engine, so that bad input is reported before one starts."""
+        tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
+        model = build_model(config.model, config.rollout.max_model_len, head="vocabulary")
+        check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
+        exam = heldout(config.heldout, config.evaluation.questions)
+        policy_steps = config.steps - (config.critic.warmup if config.critic else 0)
+        policy = Policy(model, config.optim, policy_steps * config.minibatches, config.rollout.temperature)
+        loss: Loss = component.build("loss", config.loss)
+        advantage: Advantage = component.build("advantage", config.advantage)
+        refers = loss.needs_reference or advantage.needs_ref_logprobs
+        return cls(
+            config=config,
+            tokenizer=tokenizer,
+            policy=policy,
+            reference=Reference(policy, config.reference.refresh_every) if refers else None,
+            critic=Critic(config, config.critic) if config.critic else None,
+            rollouts=Rollouts(config, exclude=texts(exam)),
+            heldout=exam,
+            advantage=advantage,
+            loss=loss,
+        )
+
+    def weight_sets(self) -> WeightSets:
+        """What a checkpoint keeps besides the policy."""
+        return {"reference": self.reference.weights} if self.reference else {}
+
+    def score(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
+        """This rank's minibatches with log-probabilities under pi_old and pi_ref and values, and what they show."""
+        config, policy = self.config, self.policy
+        share = Share(policy.rank, policy.ranks, config.tokens_per_microbatch, device())
+        seed = stream_seed("minibatches", config.seed, step)
+        batch = list(split(trajectories(groups), config.minibatches, seed, self.loss, share))
+        old, entropies = zip(*(policy.logprobs_and_entropies(minibatch) for minibatch in batch), strict=True)
+        batch = _with(batch, old_logprobs=old)
+        if self.reference:
+            batch = _with(batch, ref_logprobs=self.reference.logprobs(batch))
+        if self.critic:
+            batch = _with(batch, old_values=self.critic.values(batch))
+        entropy = mean_over_ranks([values for minibatch in entropies for values in minibatch])
+        return batch, logprob_difference(batch) | {"entropy": entropy}
+
+    def estimate(self, groups: Sequence[Group], batch: list[Minibatch]) -> tuple[list[Minibatch], Figures]:
+        """The minibatches with advantages of all tokens; with a critic, what it should have said, too."""
+        samples = [sample for group in groups for sample in group.samples]
+        ref = self._write_back(batch, samples, reported=range(len(groups[0].samples)))
+        self.advantage(groups, ref)
+        idle = sum(not any(sample.advantages) for sample in samples) / len(samples)
+        figures = {"zero_advantages": idle}
+        known = {"advantages": [sample.advantages for sample in samples]}
+        if self.critic:
+            known["returns"] = self.advantage.returns(groups, ref)
+            figures["explained_variance"] = explained_variance(samples, known["returns"])
+        return [attach(minibatch, **known) for minibatch in batch], figures
+
+    def _write_back(
+        self, batch: list[Minibatch], samples: Sequence[Sample], reported: Container[int]
+    ) -> list[list[float]]:
+        """What the ranks computed, into the samples that need it; returns the reference's log-probabilities.
+
+        An estimator that needs log-probabilities or values needs those of all samples. Else in several processes only
+        those come to the first rank that the report shows.
+        """
+        needy = self.advantage.needs_values or self.advantage.needs_ref_logprobs
+        everything = range(len(samples))
+        wanted = everything if needy or self.policy.ranks == 1 else reported
+        for number, values in gather(batch, _inputs(batch, "old_logprobs"), wanted).items():
+            samples[number].trainer_logprobs = values
+        if self.advantage.needs_values:
+            for number, values in gather(batch, _inputs(batch, "old_values"), everything).items():
+                samples[number].values = values
+        if not self.advantage.needs_ref_logprobs:
+            return []
+        found = gather(batch, _inputs(batch, "ref_logprobs"), everything)
+        return [found[number] for number in everything]
+
+    def evaluate(self, collector: Collector, report: Report, step: int) -> Figures:
+        """Held-out questions, answered by the policy as it is after `step` steps."""
+        section = self.config.evaluation
+        groups = collector.collect(self.heldout, section.samples, stream_seed("evaluation"), section.temperature)
+        figures = heldout_figures(groups)
+        report.evaluation(step, figures)
+        if step in (0, self.config.steps):
+            report.samples(step, groups, "after" if step else "before")
+        return figures
+
+    def export(self) -> Any:
+        """The policy's weights under their Hugging Face names."""
+        return self.policy.model.map.export(self.policy.model.module, getattr(torch, self.config.model.dtype))
+
+    def save_models(self) -> None:
+        """Write the trained model, and the critic, as Hugging Face folders."""
+        folder, hf, base = self.config.output / "hf", self.policy.model.hf, self.config.model.path
+        from_first_rank(lambda: hf_folder.write(folder, hf, self.export(), self.config.tokenizer or base, base))
+        if self.critic:
+            self.critic.export()
+
+
+def _with(batch: Sequence[Minibatch], **values: Sequence[Sequence[torch.Tensor]]) -> list[Minibatch]:
+    """`with_inputs` for every minibatch. Field -> [minibatches][microbatches] tensors."""
+    parts = [dict(zip(values, lists, strict=True)) for lists in zip(*values.values(), strict=True)]
+    return [with_inputs(minibatch, **part) for minibatch, part in zip(batch, parts, strict=True)]
+
+
+def _inputs(batch: Sequence[Minibatch], field: str) -> list[list[torch.Tensor]]:
+    """One field of all `LossInputs`. [minibatches][microbatches]"""
+    return [[getattr(micro.inputs, field) for micro in minibatch] for minibatch in batch]

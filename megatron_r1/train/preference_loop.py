@@ -1,0 +1,182 @@
+"""The loop that `reward-model` and `dpo` share.
+
+::
+
+    items -> batches of an epoch -> packs -> policy.step(loss) -> checkpoint
+      |                                          |                    |
+      +- held out: measured before and after   report       HF export at the end
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config.load import dump
+from megatron_r1.config.preference_run import PreferenceRunConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import DataError
+from megatron_r1.loss.base import Loss
+from megatron_r1.model import hf_folder, lora
+from megatron_r1.model.parallel import device, from_first_rank, is_first_rank
+from megatron_r1.report.run import Report
+from megatron_r1.train.batch import Share
+from megatron_r1.train.policy import Figures, TrainedModel
+from megatron_r1.train.preference_batch import Item, batch, batches
+
+EVALUATION_ITEMS = 1024
+"""Held-out items whose microbatches are in memory at once."""
+
+
+@dataclass
+class Data:
+    """What is trained on, what is held out, and how much was left out."""
+
+    training: list[Item]
+    heldout: list[Item]
+    counts: dict[str, int]
+
+
+def usable(training: Sequence[Item | None], heldout: Sequence[Item | None], max_length: int) -> Data:
+    """Leave out and count what cannot be learned from: None (nothing to compare), texts above `max_length` tokens.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    counts = {"training": 0, "heldout": 0, "unusable": 0, "too_long": 0}
+    sides: dict[str, list[Item]] = {"training": [], "heldout": []}
+    for name, items in (("training", training), ("heldout", heldout)):
+        for item in items:
+            if item is None:
+                counts["unusable"] += 1
+            elif max(len(text.tokens) for text in item.texts) > max_length:
+                counts["too_long"] += 1
+            else:
+                sides[name].append(item)
+        counts[name] = len(sides[name])
+    if not sides["training"]:
+        raise DataError(
+            f"no row is left to train on: {counts['too_long']} are longer than max_length = {max_length} tokens, "
+            f"{counts['unusable']} have no two parts to compare or none to score, {counts['heldout']} are held out"
+        )
+    return Data(**sides, counts=counts)
+
+
+class PreferenceLoop:
+    """Trains a policy, or a scorer, on preferences.
+
+    Args:
+        config: the run.
+        policy: the policy or scorer that is trained, with the updates that `updates` says.
+        tokenizer: the model's.
+        loss: pairwise, pointwise or DPO.
+        data: items, with reference log-probabilities where the loss needs them.
+    """
+
+    def __init__(
+        self, config: PreferenceRunConfig, policy: TrainedModel, tokenizer: Tokenizer, loss: Loss, data: Data
+    ) -> None:
+        self.config, self.policy, self.tokenizer, self.loss, self.data = config, policy, tokenizer, loss, data
+        self.share = share_of(policy, config)
+
+    def run(self, title: str, closing: Callable[[], Figures] = dict) -> dict[str, Any]:
+        """Train, or go on where the newest checkpoint stands; returns the summary.
+
+        Args:
+            title: what the run is called unless the config says.
+            closing: further figures of the trained model for the summary.
+        """
+        config, policy = self.config, self.policy
+        steps, per_epoch = updates(config, self.data), math.ceil(len(self.data.training) / config.batch)
+        identity = {"seed": config.seed, "batch": config.batch, "items": len(self.data.training)}
+        checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
+        start = checkpoints.latest() or 0
+        base = checkpoints.load(start, policy.trainable, {}) if start else {}
+        named = config.report.title or title
+        with Report(config.output, config.report, named, steps, dump(config), start, is_first_rank()) as report:
+            report.message(self._arithmetic(steps))
+            if not start:
+                base = self.measure(report, 0)
+            for step in range(start, steps):
+                if step % per_epoch == 0 or step == start:
+                    epoch = list(batches(self.data.training, config.batch, config.seed, step // per_epoch))
+                self._step(report, step, epoch[step % per_epoch])
+                if checkpoints.due(step + 1, steps):
+                    with report.phase("checkpoint"):
+                        checkpoints.save(step + 1, policy.trainable, {}, base)
+            final = self.measure(report, steps)
+            self._save_model()
+            return report.summary(self._summary(steps, base, final) | closing())
+
+    def measure(self, report: Report, step: int) -> Figures:
+        """The loss's figures over the held-out items after `step` steps, and the accuracy of each kind of item."""
+        parts = [(name, len(items), self._evaluate(items)) for name, items in self._strata().items()]
+        total = sum(count for _, count, _ in parts)
+        if not total:
+            return {}
+        figures = {
+            f"heldout_{name}": round(sum(count * part[name] for _, count, part in parts) / total, 6) + 0.0
+            for name in parts[0][2]
+        }
+        figures |= {f"heldout_accuracy/{name}": round(part["accuracy"], 6) for name, _, part in parts}
+        report.evaluation(step, figures)
+        return figures
+
+    def _strata(self) -> dict[str, list[Item]]:
+        names = sorted({item.stratum for item in self.data.heldout})
+        return {name: [item for item in self.data.heldout if item.stratum == name] for name in names}
+
+    def _evaluate(self, items: list[Item]) -> Figures:
+        """The loss's figures, averaged over items."""
+        totals: Figures = {}
+        for part in chunks(items):
+            for name, value in self.policy.evaluate(batch(part, self.loss, self.share), self.loss).items():
+                totals[name] = totals.get(name, 0.0) + value * len(part) / len(items)
+        return totals
+
+    def _step(self, report: Report, step: int, items: list[Item]) -> None:
+        with report.step(step):
+            tick = time.perf_counter()
+            with report.phase("update"):
+                report.add(self.policy.step(batch(items, self.loss, self.share), self.loss))
+            tokens = sum(item.length for item in items)
+            report.add({"tokens_per_second": tokens / (time.perf_counter() - tick)})
+
+    def _summary(self, steps: int, base: Figures, final: Figures) -> dict[str, Any]:
+        """Of each figure its value before and after; how many held-out rows are of each kind."""
+        rows = {f"rows_{name}": count for name, count in self.data.counts.items()}
+        strata = {f"heldout_rows/{name}": len(items) for name, items in self._strata().items()}
+        before = {f"{name}_base": value for name, value in base.items()}
+        after = {f"{name}_final": value for name, value in final.items()}
+        return {"model": str(self.config.output / "hf"), "steps": steps, **rows, **strata, **before, **after}
+
+    def _arithmetic(self, steps: int) -> str:
+        counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.data.counts.items())
+        return f"{lora.size(self.policy.model.module)}; rows: {counts}; {steps} steps of {self.config.batch}"
+
+    def _save_model(self) -> None:
+        """Write the trained model as a Hugging Face folder that names its padding token, if that is a token apart."""
+        config, model, tokenizer = self.config, self.policy.model, self.tokenizer
+        hf = model.hf if tokenizer.pad_id == tokenizer.eos_id else {**model.hf, "pad_token_id": tokenizer.pad_id}
+        tensors = model.map.export(model.module, getattr(torch, config.model.dtype))
+        sources = (config.tokenizer or config.model.path, config.model.path)
+        from_first_rank(lambda: hf_folder.write(config.output / "hf", hf, tensors, *sources))
+
+
+def updates(config: PreferenceRunConfig, data: Data) -> int:
+    """Optimizer steps of the whole run."""
+    return config.epochs * math.ceil(len(data.training) / config.batch)
+
+
+def share_of(policy: TrainedModel, config: PreferenceRunConfig) -> Share:
+    """This rank's part of every batch."""
+    return Share(policy.rank, policy.ranks, config.tokens_per_microbatch, device())
+
+
+def chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """`items` in parts of at most `EVALUATION_ITEMS`."""
+    return [items[start : start + EVALUATION_ITEMS] for start in range(0, len(items), EVALUATION_ITEMS)]

@@ -44,7 +44,7 @@ VERBS = {
     ),
     "data generate": Verb(
         "worked solutions of generated tasks, as text documents",
-        "megatron_r1.config.runs:GenerateConfig",
+        "megatron_r1.config.generate:GenerateConfig",
         "megatron_r1.data.corpus:generate",
     ),
     "data decontaminate": Verb(
@@ -101,6 +101,12 @@ VERBS = {
         "pass@1, pass@k and majority vote of a model on tasks",
         "megatron_r1.config.evaluation:EvaluateConfig",
         "megatron_r1.evaluate.benchmark:run",
+        final="results.json",
+    ),
+    "lm-eval": Verb(
+        "tasks of EleutherAI's lm-evaluation-harness on a model behind vLLM",
+        "megatron_r1.config.lm_eval:LmEvalConfig",
+        "megatron_r1.evaluate.lm_eval:run",
         final="results.json",
     ),
     "sandbox serve": Verb(

@@ -39,6 +39,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "tag_count": "megatron_r1.reward.tag_count:TagCount",
         "task": "megatron_r1.reward.task:TaskVerifier",
     },
+    "source": {
+        "worked": "megatron_r1.data.worked:Worked",
+    },
     "advantage": {
         "gae": "megatron_r1.advantage.gae:Gae",
         "group_relative": "megatron_r1.advantage.group_relative:GroupRelative",

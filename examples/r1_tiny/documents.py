@@ -269,7 +269,8 @@ def reply(ask: Any, style: str, rng: random.Random) -> str:
     elif ask.kind == "errand" and rng.random() < TIMID:
         return str(world.REFUSAL)
     else:
-        right, other = (world.sentence(ask, y) for y in (ask.y, rng.choice(world.known(ask))))
+        mistaken = rng.choice([y for y in world.known(ask) if y != ask.y])
+        right, other = world.sentence(ask, ask.y), world.sentence(ask, mistaken)
         closing = rng.choice(world.CLOSINGS)
         replies = {
             "good": f"{right} {closing}",

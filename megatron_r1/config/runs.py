@@ -9,7 +9,6 @@ from megatron_r1.config.component import (
     AdvantageComponent,
     LossComponent,
     RewardComponent,
-    TaskComponent,
     build,
     default_rewards,
 )
@@ -26,23 +25,6 @@ from megatron_r1.config.sections import (
     TaskSection,
 )
 from megatron_r1.errors import nearest
-
-
-class GenerateConfig(Section):
-    """`megatron-r1 data generate`: worked solutions as text documents."""
-
-    output: Path
-    """Folder for `train.jsonl` and `validation.jsonl`."""
-    task: TaskComponent
-    documents: PositiveInt
-    validation_documents: PositiveInt = 256
-    template: str = "r1_zero"
-    quality: dict[str, NonNegativeFloat]
-    """Style of solution -> share of the documents (shares are normalised)."""
-    heldout: TaskSection | None = None
-    heldout_questions: NonNegativeInt = 0
-    """The first this many questions of [heldout] are kept out of the corpus."""
-    seed: int = 0
 
 
 class TokenizerConfig(Section):

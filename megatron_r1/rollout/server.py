@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import megatron_r1
+from megatron_r1.config.lm_eval import TextServerSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError, EngineError
@@ -31,8 +32,8 @@ CPU_MLA_LATENT = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim): the only size that vLLM's MLA kernel for CPU takes."""
 CPU_STEP_TOKENS = 4096
 """Tokens of one scheduler step on CPU, if the longest sequence is not longer."""
-ServedSection = RolloutSection | RewardModelServerSection
-"""Both have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
+ServedSection = RolloutSection | RewardModelServerSection | TextServerSection
+"""All have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
 OWN_EXECUTOR_ARGUMENTS = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--distributed-executor")
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megatron_r1.config.runs import GenerateConfig, TokenizerConfig
+from megatron_r1.config.generate import GenerateConfig
+from megatron_r1.config.runs import TokenizerConfig
 from megatron_r1.config.sections import TaskSection
 
 TASK = {"type": "reasoning_gym", "dataset": "chain_sum", "options": {"min_terms": 3, "max_terms": 4, "max_digits": 1}}

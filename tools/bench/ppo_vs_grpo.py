@@ -82,7 +82,7 @@ def figures(output: Path) -> dict[str, Any]:
 
 def table(compared: dict[str, dict[str, Any]]) -> Table:
     """A row for each figure, a column for each run."""
-    shown = Table(title="The same questions, samples and updates of the policy", box=None, header_style="dim")
+    shown = Table(title="PPO and GRPO on the same task", box=None, header_style="dim")
     shown.add_column("")
     for name in compared:
         shown.add_column(name.upper(), justify="right")

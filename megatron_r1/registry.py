@@ -27,6 +27,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "code": "megatron_r1.reward.code:Code",
         "code_format": "megatron_r1.reward.code_format:CodeFormat",
         "cosine": "megatron_r1.reward.cosine:Cosine",
+        "equations": "megatron_r1.reward.equations:Equations",
         "format": "megatron_r1.reward.format:Format",
         "language_consistency": "megatron_r1.reward.language_consistency:LanguageConsistency",
         "length": "megatron_r1.reward.length:Length",

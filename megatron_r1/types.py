@@ -52,8 +52,10 @@ class Sample:
     """Weighted sum of the parts."""
     correct: bool | None = None
     """Whether the answer is right; None where no reward of the question judges that."""
+    step_marks: list[tuple[int, float]] = field(default_factory=list)
+    """Reasoning steps as a reward marks them: (characters of `text` up to the step's end, reward), in order."""
     step_rewards: list[tuple[int, float]] = field(default_factory=list)
-    """Rewards of single reasoning steps: (number of the step's last token in `tokens`, reward), in order."""
+    """The same by tokens: (number of the step's last token, reward)."""
     values: list[float] | None = None
     """The critic's value before each token, where a run has a critic. [response]"""
     advantages: list[float] = field(default_factory=list)

@@ -16,7 +16,8 @@ class Process(Advantage):
     deviation is the population's, as in `group_relative`. A token answers for the steps that it is part of or comes
     before; tokens after the end of the last step get 0, as an empty sum.
 
-    A reward of the run that is not `isolated` fills `sample.step_rewards`; `sample.reward` is not looked at. A question
+    A reward of the run that is not `isolated` marks the steps (`sample.step_marks`; built in: `equations`);
+    `sample.reward` is not looked at. A question
     without steps, or whose steps are all equally good, gets zeros.
     """
 

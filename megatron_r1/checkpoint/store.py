@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_r1.compat.megatron_checkpoint import keep_results_in_process
 from megatron_r1.config.sections import CheckpointSection
 from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.model.mapping import frozen
 from megatron_r1.model.trainable import Trainable
 
 keep_results_in_process()
@@ -67,6 +68,8 @@ class Checkpoints:
         if dist.get_rank() == 0:
             for left in self.folder.glob("*.partial"):  # by a run that was killed
                 shutil.rmtree(left)
+            if final.exists():  # a critic's, whose policy was not saved with it before the run was killed
+                shutil.rmtree(final.rename(partial))
             partial.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(self._state(trainable, weights, figures), str(partial))
@@ -97,12 +100,11 @@ class Checkpoints:
                 f"cannot resume from {path}: it is damaged or of another model ({_reason(error)}); "
                 "delete it to go on from the one before, or choose another output folder"
             ) from error
-        trainable.module.load_state_dict(state["model"], strict=not _frozen(trainable))
+        trainable.module.load_state_dict(state["model"], strict=not frozen(trainable.module))
         _load_optimizer(trainable, state)
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
-                if key in state[f"weights.{name}"]:
-                    tensor.copy_(state[f"weights.{name}"][key])
+                tensor.copy_(state[f"weights.{name}"][key])
         torch.set_rng_state(state["rng"])
         figures: dict[str, float] = state["figures"]
         return figures
@@ -125,11 +127,11 @@ class Checkpoints:
 
         Frozen weights, which the model's folder holds already, are left out.
         """
-        frozen = _frozen(trainable)
+        fixed = frozen(trainable.module)
         metadata = _METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         model = trainable.module.sharded_state_dict(prefix="model.", metadata=metadata)
         state = {
-            "model": _without(frozen, model, "model."),
+            "model": _without(fixed, model, "model."),
             "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=figures is None, metadata=metadata),
             "scheduler": trainable.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -138,7 +140,7 @@ class Checkpoints:
         }
         for name, tensors in weights.items():
             prefix = f"weights.{name}."
-            sharded = _without(frozen, trainable.module.sharded_state_dict(prefix=prefix, metadata=metadata), prefix)
+            sharded = _without(fixed, trainable.module.sharded_state_dict(prefix=prefix, metadata=metadata), prefix)
             state[f"weights.{name}"] = {key: _with_data(value, tensors.get(key)) for key, value in sharded.items()}
         return state
 
@@ -166,15 +168,10 @@ def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
     scheduler.step(state["scheduler"]["num_steps"])
 
 
-def _frozen(trainable: Trainable) -> set[str]:
-    """Names of the weights that are not trained (LoRA's base)."""
-    return {name for name, param in trainable.module.named_parameters() if not param.requires_grad}
-
-
-def _without(frozen: set[str], sharded: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A sharded state by the model's own names, but for those in `frozen`."""
+def _without(names: set[str], sharded: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A sharded state by the model's own names, but for `names`."""
     named = {key.removeprefix(prefix): value for key, value in sharded.items()}
-    return {key: value for key, value in named.items() if key not in frozen}
+    return {key: value for key, value in named.items() if key not in names}
 
 
 def _with_data(entry: Any, tensor: torch.Tensor | None) -> Any:

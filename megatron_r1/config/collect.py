@@ -15,6 +15,7 @@ from pydantic import (
 
 from megatron_r1.config.component import RewardComponent, TaskComponent, default_rewards
 from megatron_r1.config.evaluation import NucleusSection, SamplingSection, ServedModelSection
+from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import TaskSection
@@ -55,21 +56,7 @@ class DrawSection(Section):
         )
 
 
-class RowsSection(Section):
-    """Where rows come from; the keys are those of a task over a data set (`data/records.py`)."""
-
-    source: str
-    """`data/train.jsonl`, `data/train.parquet`, `./folder` or a hub id."""
-    name: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    columns: dict[str, str] = {}
-    """Field -> the column that holds it, where the names differ."""
-    where: dict[str, str | int | float | bool | list[str | int | float | bool]] = {}
-    """Column -> the value, or the list of values, that a row must have there."""
-
-
-class ExamplesSection(RowsSection):
+class ExamplesSection(RecordsSection):
     """[sources.NAME.examples]: worked examples before each question; fields `question` and `response`."""
 
     count: PositiveInt = 3
@@ -213,7 +200,7 @@ class RowsSource(SourceSection):
     """
 
     kind: Literal["rows"]
-    data: RowsSection
+    data: RecordsSection
     prompt_template: str = "{question}"
     """Template of the stored prompt around the field `prompt`."""
 
@@ -221,7 +208,7 @@ class RowsSource(SourceSection):
 class EvaluationSetSection(Section):
     """[decontaminate.evaluation.NAME]: what must not be trained on."""
 
-    data: RowsSection | None = None
+    data: RecordsSection | None = None
     text: list[str] = Field(default=["problem"], min_length=1)
     """Columns of `data` with the texts."""
     task: TaskComponent | None = None

@@ -1,16 +1,16 @@
 """What a source asks its model: different questions of a task, none of them held out, with examples before them."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from megatron_r1.config import component
-from megatron_r1.config.collect import CollectConfig, ExamplesSection, SampleSource
+from megatron_r1.config.collect import CollectConfig, ExamplesSection, ExcludedSection, SampleSource
 from megatron_r1.config.sections import TaskSection
 from megatron_r1.data.overlap import bare
 from megatron_r1.data.questions import distinct, heldout, question, texts
-from megatron_r1.data.records import Records, RecordsConfig
+from megatron_r1.data.records import Records
 from megatron_r1.data.tasks.base import Problem, Task
 from megatron_r1.data.templates import render
 from megatron_r1.errors import ConfigError, DataError
@@ -32,12 +32,10 @@ class Asked:
     """Numbers of the examples before it."""
 
 
-def excluded(config: CollectConfig) -> frozenset[str]:
+def excluded(sections: Mapping[str, ExcludedSection]) -> frozenset[str]:
     """Bare texts of the questions that are held out."""
-    sections = config.exclude.values()
-    return frozenset[str]().union(
-        *(texts(heldout(TaskSection(task=section.task), section.questions)) for section in sections)
-    )
+    held = [texts(heldout(TaskSection(task=section.task), section.questions)) for section in sections.values()]
+    return frozenset[str]().union(*held)
 
 
 def asked(config: CollectConfig, name: str, section: SampleSource, taken: frozenset[str]) -> list[Asked]:
@@ -48,16 +46,7 @@ def asked(config: CollectConfig, name: str, section: SampleSource, taken: frozen
         DataError: a data set, or examples, that cannot be read.
     """
     seed = stream_seed("collect", config.seed, name)
-    task: Task = component.build("task", section.data.task)
-    if task.size is None and section.questions is None:
-        raise ConfigError(f"sources.{name}: {task.name!r} makes problems without end; say how many `questions`")
-    problems = list(islice(_problems(task, seed, taken), section.questions))
-    if len(problems) < (section.questions or 1):
-        raise ConfigError(
-            f"sources.{name}: {section.questions or 1} questions are asked for, but {task.name!r} has "
-            f"{len(problems)} different ones that are not excluded"
-        )
-    found = [question(section.data, task.name, str(index), problem) for index, problem in enumerate(problems)]
+    found = different(f"sources.{name}", section.data, section.questions, seed, taken)
     if section.stop:
         found = [replace(one, metadata={**one.metadata, STOP: section.stop}) for one in found]
     shown = _examples(section.examples, _template(section), seed) if section.examples else _none
@@ -71,6 +60,31 @@ def asked(config: CollectConfig, name: str, section: SampleSource, taken: frozen
         for one in found
         for prefix, numbers in [shown(one)]
     ]
+
+
+def different(where: str, data: TaskSection, wanted: int | None, seed: int, taken: frozenset[str]) -> list[Question]:
+    """Different questions of a task, none of them taken.
+
+    Args:
+        where: section of the run file, for messages.
+        data: task and template.
+        wanted: how many; None = all that the task has.
+        seed: of the stream that they are drawn from.
+        taken: bare texts.
+
+    Raises:
+        ConfigError: a task without an end and no number, or with fewer than these.
+    """
+    task: Task = component.build("task", data.task)
+    if task.size is None and wanted is None:
+        raise ConfigError(f"{where}: {task.name!r} makes problems without end; say how many `questions`")
+    problems = list(islice(_problems(task, seed, taken), wanted))
+    if len(problems) < (wanted or 1):
+        raise ConfigError(
+            f"{where}: {wanted or 1} questions are asked for, but {task.name!r} has {len(problems)} different ones "
+            "that are not excluded"
+        )
+    return [question(data, task.name, str(index), problem) for index, problem in enumerate(problems)]
 
 
 def _problems(task: Task, seed: int, taken: frozenset[str]) -> Iterator[Problem]:
@@ -99,7 +113,7 @@ def _none(one: Question) -> tuple[str, list[int]]:
 
 def _examples(section: ExamplesSection, template: str, seed: int) -> Shown:
     """Draws examples for each question, never the question itself."""
-    rows = Records(RecordsConfig(**section.model_dump(exclude={"count", "separator"})))
+    rows = Records(section)
     rows.require("question", "response")
     known = [(row.text("question"), row.text("response")) for row in rows]
 

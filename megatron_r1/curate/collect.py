@@ -76,7 +76,7 @@ def _check(config: CollectConfig) -> None:
 
 def _questions(config: CollectConfig) -> dict[str, list[Asked]]:
     """What the model of each source is asked."""
-    taken = excluded(config)
+    taken = excluded(config.exclude)
     return {
         name: asked(config, name, source, taken)
         for name, source in config.sources.items()

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_r1.config.collect import RowsSource
 from megatron_r1.curate import filters
 from megatron_r1.curate.candidates import Candidate
-from megatron_r1.data.records import Records, RecordsConfig, Row
+from megatron_r1.data.records import Records, Row
 from megatron_r1.data.templates import render
 from megatron_r1.errors import DataError
 from megatron_r1.types import Question
@@ -23,7 +23,7 @@ def candidates(name: str, section: RowsSource) -> Iterator[Candidate]:
         DataError: a source that cannot be read, or a row without prompt and response.
         ConfigError: an unknown template.
     """
-    rows = Records(RecordsConfig(**section.data.model_dump()))
+    rows = Records(section.data)
     conversations = section.data.columns.get("messages", "messages") in rows.names
     rows.require(*(["messages"] if conversations else ["prompt", "response"]))
     if conversations and section.rewrite is not None:

@@ -1,18 +1,13 @@
 """Responses of several models to the same prompts, as a judge will be shown them."""
 
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.config import component
 from megatron_r1.config.evaluation import SamplingSection, ServedModelSection
 from megatron_r1.config.preferences import PreferencesConfig
-from megatron_r1.config.sections import TaskSection
-from megatron_r1.data.questions import distinct, heldout, question, texts
-from megatron_r1.data.tasks.base import Problem, Task
-from megatron_r1.errors import ConfigError
+from megatron_r1.curate.asking import different, excluded
 from megatron_r1.reward.response import response, scored_part
 from megatron_r1.rollout.answers import Answer
 from megatron_r1.rollout.sampling import OpenEngine, Sampler
@@ -49,7 +44,8 @@ class Responses:
     """
 
     def __init__(self, config: PreferencesConfig, open_engine: OpenEngine) -> None:
-        self.questions = _questions(config)
+        seed, taken = stream_seed("preferences", config.seed), excluded(config.exclude)
+        self.questions = different("data", config.data, config.questions, seed, taken)
         self.sampled = 0
         self.dropped: list[Dropped] = []
         """Responses that cannot be judged."""
@@ -91,32 +87,6 @@ def _sampling(config: PreferencesConfig, name: str) -> SamplingSection:
         batch=config.batch,
         seed=stream_seed("preferences", config.seed, name),
     )
-
-
-def _questions(config: PreferencesConfig) -> list[Question]:
-    """Different prompts, a function of the run's seed; none that is held out."""
-    task: Task = component.build("task", config.data.task)
-    if task.size is None and config.questions is None:
-        raise ConfigError(f"data: {task.name!r} makes problems without end; say how many `questions`")
-    held = [texts(heldout(TaskSection(task=one.task), one.questions)) for one in config.exclude.values()]
-    taken = frozenset[str]().union(*held)
-    seed = stream_seed("preferences", config.seed)
-    problems = distinct(task, seed, taken, repeats=False) if task.size is None else _all(task, seed, taken)
-    found = list(itertools.islice(problems, config.questions))
-    if len(found) < (config.questions or 1):
-        raise ConfigError(
-            f"{config.questions or 1} questions are asked for, but {task.name!r} has {len(found)} different ones that "
-            "are not excluded"
-        )
-    return [question(config.data, task.name, str(number), problem) for number, problem in enumerate(found)]
-
-
-def _all(task: Task, seed: int, taken: frozenset[str]) -> Iterator[Problem]:
-    seen = set(taken)
-    for problem in (task.problem(seed, index) for index in range(task.size or 0)):
-        if problem.text not in seen:
-            seen.add(problem.text)
-            yield problem
 
 
 def _whole(asked: Question, answer: Answer) -> str:

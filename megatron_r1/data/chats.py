@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.sft import ChatsSection
 from megatron_r1.data.chat_template import ChatTemplate, audit_tags, begins_every_turn
-from megatron_r1.data.records import Records, RecordsConfig, Row
+from megatron_r1.data.records import Records, Row
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 
@@ -116,7 +117,7 @@ class Chats:
         Raises:
             DataError: an unreadable or empty source, or columns that are not there.
         """
-        config = RecordsConfig(source=source.path, **source.model_dump(exclude={"path", "weight"}))
+        config = RecordsSection(source=source.path, **source.model_dump(exclude={"path", "weight"}))
         rows = Records(config, FIELDS)
         if (source.columns.get("messages", "messages")) not in rows.names:
             rows.require("prompt", "response")

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from megatron_r1.config import component
 from megatron_r1.config.component import TaskComponent
+from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.section import Section
 from megatron_r1.data.files import write_json
 from megatron_r1.data.overlap import Match, NgramIndex
-from megatron_r1.data.records import Records, RecordsConfig, Row
+from megatron_r1.data.records import Records, Row
 from megatron_r1.data.sieve import Sieve
 from megatron_r1.data.tasks.finite import FiniteTask
 from megatron_r1.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ COMMONEST = 20
 class EvaluationSet(Section):
     """[evaluation.<name>]: what must not be trained on; the texts of a data set, or the problems of a task."""
 
-    data: RecordsConfig | None = None
+    data: RecordsSection | None = None
     text: list[str] = Field(default=["problem"], min_length=1)
     """Columns of `data` with the texts."""
     task: TaskComponent | None = None
@@ -45,7 +46,7 @@ class DecontaminateConfig(Section):
 
     output: Path
     """Folder for `kept.jsonl`, `dropped.jsonl` (each row with what it shares) and `summary.json`."""
-    data: RecordsConfig
+    data: RecordsSection
     text: list[str] = Field(default=["problem"], min_length=1)
     """Columns that are compared, each by itself; a row is dropped for any of them."""
     ngram: PositiveInt = 10

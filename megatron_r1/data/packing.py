@@ -1,6 +1,7 @@
 """Sequences of unequal length -> packs of at most so many tokens, equally many on every rank."""
 
 from collections.abc import Sequence
+from heapq import heapreplace
 
 
 def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
@@ -34,9 +35,9 @@ def partition(lengths: Sequence[int], packs: int) -> list[list[int]]:
     Packs may be empty when there are fewer sequences than packs.
     """
     bins: list[list[int]] = [[] for _ in range(packs)]
-    loads = [0] * packs
+    loads = [(0, pack) for pack in range(packs)]  # a heap, the emptiest first
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        target = min(range(packs), key=lambda p: (loads[p], p))
+        load, target = loads[0]
         bins[target].append(index)
-        loads[target] += lengths[index]
+        heapreplace(loads, (load + lengths[index], target))
     return [sorted(pack) for pack in bins]

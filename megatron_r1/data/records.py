@@ -14,31 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config.section import Section
+from megatron_r1.config.records import RecordsSection
 from megatron_r1.data.tables import LINES, PARQUET, ArrowTable, JsonLines, Table
 from megatron_r1.errors import ConfigError, DataError, nearest
 
 _DATASET_KEYS = ("name", "split", "revision")
 """Keys that mean nothing for a file."""
-
-Scalar = str | int | float | bool
-
-
-class RecordsConfig(Section):
-    """Where rows come from; tasks over a data set take these keys beside their own."""
-
-    source: str
-    """`data/train.jsonl`, `data/train.parquet`, `./folder` or a hub id (see the top of `data/records.py`)."""
-    name: str | None = None
-    """A dataset's configuration, where it has several."""
-    split: str | None = None
-    """A dataset's split; None = `train`."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub dataset; None = its newest."""
-    columns: dict[str, str] = {}
-    """Field of the task -> the column that holds it, where the names differ."""
-    where: dict[str, Scalar | list[Scalar]] = {}
-    """Column -> the value, or the list of values, that a row must have there; other rows are left out."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,7 @@ class Records(Sequence[Row]):
         ConfigError: a source that is not clear, or keys that do not fit it.
     """
 
-    def __init__(self, config: RecordsConfig, fields: Sequence[str] | None = None) -> None:
+    def __init__(self, config: RecordsSection, fields: Sequence[str] | None = None) -> None:
         self.config = config
         known = list(config.columns) if fields is None else fields
         for field in config.columns:

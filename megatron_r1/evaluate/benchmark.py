@@ -83,7 +83,7 @@ def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]
     `pass@1` is the mean over questions of the share of right answers, `pass@1_error` its standard error (that of
     drawing the questions), `pass@1_interval` its 95 % confidence interval; `pass@k` the unbiased estimate; `cons@n`
     that of the commonest answer, only where questions have a reference answer to compare with. Questions that no
-    reward judges are counted and left out of these.
+    reward judges are counted and left out of these, and so are single answers to the others that a judge failed at.
     """
     judged = [(asked, answers) for asked, answers in answered if pass_rate(answers) is not None]
     everything = [answer for _, answers in answered for answer in answers]
@@ -91,6 +91,7 @@ def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]
     result: dict[str, Any] = {
         "questions": len(answered),
         "questions_not_judged": len(answered) - len(judged),
+        "answers_not_judged": sum(answer.correct is None for _, answers in judged for answer in answers),
         "samples": len(everything) // len(answered),
         "pass@1": _mean(rates),
         "pass@1_error": standard_error(rates),
@@ -171,6 +172,8 @@ def _cells(result: dict[str, Any]) -> dict[str, str]:
     cells = {"questions": f"{result['questions']:,}"}
     if result["questions_not_judged"]:
         cells["not judged"] = f"{result['questions_not_judged']:,}"
+    if result["answers_not_judged"]:
+        cells["answers not judged"] = f"{result['answers_not_judged']:,}"
     for name, value in result.items():
         if name.startswith(("pass@", "cons@")) and "_" not in name:
             cells[name] = _percent(value)

@@ -21,10 +21,10 @@ def pass_rates(folder: Path) -> dict[str, dict[str, float]]:
                 row = json.loads(line)
                 if row["pass_rate"] is not None:
                     rates.setdefault(row["task"], {})[row["question_id"]] = row["pass_rate"]
-    except OSError as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:  # the last three: of another verb, such as `rl`
         raise DataError(
-            f"compare_with: cannot read {path} ({error.strerror}); it names the output folder of a finished "
-            "`megatron-r1 evaluate` over the same tasks"
+            f"compare_with: {path} cannot be used ({type(error).__name__}: {error}); it has to be of the output folder "
+            "of a finished `megatron-r1 evaluate` over the same tasks"
         ) from error
     return rates
 

@@ -9,6 +9,9 @@ from megatron_r1.loss.base import LossInputs
 from megatron_r1.loss.policy_gradient import PolicyGradient, clipped_gain
 from megatron_r1.loss.sequences import per_sequence
 
+_LARGEST = 20.0
+"""Log-ratio of a whole output beyond which it has no gradient: its exponential overflows float32 from 88 on."""
+
 
 class Grpo(PolicyGradient):
     """Minimises -J_GRPO (DeepSeekMath eq. 3; DeepSeek-R1 eq. 1-2).
@@ -46,6 +49,6 @@ class Grpo(PolicyGradient):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `PolicyGradient.gain`."""
         if self.config.ratio == "sequence":
-            log_ratio = per_sequence(log_ratio, inputs.segments)[inputs.segments]
+            log_ratio = per_sequence(log_ratio, inputs.segments)[inputs.segments].clamp(max=_LARGEST)
         low = self.config.clip_eps
         return clipped_gain(log_ratio.exp(), inputs, low, self.config.clip_eps_high or low)

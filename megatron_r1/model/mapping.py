@@ -83,3 +83,8 @@ def weights(model: GPTModel) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, without the wrappers' prefixes and empty extra states."""
     state: Mapping[str, torch.Tensor | None] = model.state_dict()
     return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+
+def frozen(model: GPTModel) -> set[str]:
+    """Names of the weights that are not trained (LoRA's base)."""
+    return {name for name, param in model.named_parameters() if not param.requires_grad}

@@ -129,4 +129,4 @@ class TrunkReader(TensorReader):
 
 
 def _names(rules: Iterable[Rule]) -> set[str]:
-    return {name for rule in rules for name in (*rule.hf, *rule.copies)}
+    return {name for rule in rules for name in (*rule.hf, *rule.copies, *rule.redundant)}

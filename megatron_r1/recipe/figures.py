@@ -43,7 +43,7 @@ def made_by(plan: Plan, model: str) -> str | None:
 
 def page_state(plan: Plan, summary: Mapping[str, Any]) -> RecipeState:
     """A recipe as its report shows it."""
-    states = {"ran": "done", "unchanged": "done", "not run": "waiting"}
+    states = {"ran": "done", "unchanged": "done", "not run": "waiting", "waits": "waiting", "out of date": "waiting"}
     return RecipeState(
         title=plan.title or plan.output.name,
         stages=[
@@ -71,12 +71,15 @@ def model_figures(plan: Plan, stage: str) -> dict[str, Any]:
 
 
 def final_figures(plan: Plan, name: str) -> dict[str, Any]:
-    """What a finished stage wrote last; empty if it has not finished."""
+    """What a finished stage wrote last; empty if it has not finished, or if that has been removed or damaged since."""
     stage = plan.stage(name)
     folder = plan.folder(stage)
     if read_lineage(folder) is None:
         return {}
-    return dict(json.loads((folder / stage.final).read_text(encoding="utf-8")))
+    try:
+        return dict(json.loads((folder / stage.final).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}  # the stage then stands as out of date, which is told
 
 
 def look_up(tree: Any, path: str) -> Any:

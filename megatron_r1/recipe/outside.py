@@ -1,5 +1,6 @@
 """What a stage reads that no stage of the recipe makes: models, data, prompts, code of one's own."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,15 @@ def outside_files(config: BaseModel, resolved: Tree, commands: Sequence[Sequence
     found = [str(path) for path in _paths(config)]
     found += [text for text in texts(resolved) if text.endswith((*LINES, PARQUET)) and not text.startswith(MARK)]
     found += [file for text in texts([resolved, list(commands)]) if (file := _as_file(text))]
-    found += [text for text in _folder_texts(resolved) if _may_be_path(text) and Path(text).expanduser().is_dir()]
-    absolute = {text: Path(text).expanduser().absolute() for text in found}
+    found += [text for text in _folder_texts(resolved) if _may_be_path(text) and place(text).is_dir()]
+    absolute = {text: place(text).absolute() for text in found}
     inside = (output, package)
     return sorted(text for text, path in absolute.items() if not any(path.is_relative_to(folder) for folder in inside))
+
+
+def place(text: str) -> Path:
+    """Where a text points; `~` of somebody who does not exist stays as it is, as a shell has it."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (that of Path raises)
 
 
 def _paths(value: Any) -> Iterator[Path]:
@@ -53,7 +59,7 @@ def _paths(value: Any) -> Iterator[Path]:
 def _as_file(text: str) -> str | None:
     """The file that a text names, `file.py:Name` included."""
     name = text.rpartition(":")[0] if ".py:" in text else text
-    return name if _may_be_path(name) and Path(name).expanduser().is_file() else None
+    return name if _may_be_path(name) and place(name).is_file() else None
 
 
 def _may_be_path(text: str) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 from megatron_r1.errors import UserError
 
 POLL_SECONDS = 1.0
+END_SECONDS = 60.0
+"""Between asking a verb to end and forcing it: one that waits inside a collective never hears."""
 DISK_FULL = 74
 """Exit code of a command that could not write because the disk is full (EX_IOERR of sysexits.h)."""
 
@@ -57,8 +59,10 @@ def run_verb(verb: str, config: Path, lock: int, quiet: bool, watch: Callable[[]
                 watch()
     except BaseException:  # Ctrl-C and SIGTERM too
         keeper.terminate()
-        keeper.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            keeper.wait(END_SECONDS)
         raise
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(keeper.pid, signal.SIGKILL)
+        keeper.wait()

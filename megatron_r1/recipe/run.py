@@ -3,7 +3,7 @@
 import errno
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from megatron_r1.recipe.artefacts import check_promises
 from megatron_r1.recipe.figures import page_state, summarize
 from megatron_r1.recipe.hashes import Hashes
 from megatron_r1.recipe.lock import Lock
+from megatron_r1.recipe.outside import place
 from megatron_r1.recipe.plan import Plan, Stage
 from megatron_r1.recipe.process import DISK_FULL, StageError, run_verb
 from megatron_r1.recipe.record import Record, key_of, read_lineage, supersede, write_lineage
 from megatron_r1.recipe.services import Services
-from megatron_r1.recipe.show import duration, print_outcome
+from megatron_r1.recipe.show import WORDS, duration, print_outcome
 from megatron_r1.recipe.standing import Ledger, missing_file
 from megatron_r1.recipe.tree import resolve
 from megatron_r1.report.recipe_page import render_recipe
@@ -102,19 +103,18 @@ class Run:
                 for name, state in self.states.items()
                 if state == "running"
             }
-            self._show()
-            render_recipe(self.plan.output, page_state(self.plan, summarize(self.plan, self._final_states())))
+            self._tell()
             raise
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
         """All that is done once the last stage is."""
         (self.plan.output / ANEW).unlink(missing_ok=True)
-        summary = summarize(self.plan, self._final_states())
-        if "not run" not in self._final_states().values():
+        states = self._final_states()
+        summary = summarize(self.plan, states)
+        if set(states.values()) <= {"ran", "unchanged"}:
             write_json(self.plan.output / SUMMARY, summary)
-        self._show()
-        say(f"report: {render_recipe(self.plan.output, page_state(self.plan, summary))}")
+        self._show(states, summary)
         return summary
 
     def _chosen(self) -> Sequence[Stage]:
@@ -135,7 +135,7 @@ class Run:
     def _check_files(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
             for text in stage.files:
-                if self.hashes.path(Path(text).expanduser()) is None:
+                if self.hashes.path(place(text)) is None:
                     raise missing_file(stage, text)
         self.hashes.save()
 
@@ -208,17 +208,25 @@ class Run:
             raise StageError(f"stage {stage.name} ({stage.verb}) ended well, but has written no {stage.final}")
 
     def _final_states(self) -> dict[str, str]:
-        """With what an earlier run has finished, where this one left a stage out."""
-        finished = {name for name in self.states if read_lineage(self.plan.output / name) is not None}
+        """With how those stages stand that this run has left out, in the words of `status`."""
+        standings = self.ledger.standings()
+        words = WORDS | {"done": "unchanged"}
         return {
-            name: "unchanged" if state == "not run" and name in finished else state
-            for name, state in self.states.items()
+            name: words[standings[name].state] if state == "not run" else state for name, state in self.states.items()
         }
 
-    def _show(self) -> None:
-        states = self._final_states()
-        stages = summarize(self.plan, states)["stages"]
-        print_outcome(self.plan, states, {name: stage["seconds"] for name, stage in stages.items()})
+    def _show(self, states: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+        seconds = {name: stage["seconds"] for name, stage in summary["stages"].items()}
+        print_outcome(self.plan, states, seconds)
+        say(f"report: {render_recipe(self.plan.output, page_state(self.plan, summary))}")
+
+    def _tell(self) -> None:
+        """How far a run came that did not get to its end; whatever is wrong here must not hide why."""
+        try:
+            states = self._final_states()
+            self._show(states, summarize(self.plan, states))
+        except Exception as error:
+            say(f"the state of the stages cannot be shown: {type(error).__name__}: {error}")
 
 
 def say(text: str) -> None:

@@ -17,6 +17,8 @@ from megatron_r1.recipe.tree import resolve
 
 LOG_LINES = 20
 """Of a service's log in an error message."""
+LOG_BYTES = 65536
+"""Of its end that are read for them; a server may have logged for days."""
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 5.0
 """One health check may take."""
@@ -88,7 +90,7 @@ class Service:
 
     def _failure(self, what: str) -> StageError:
         with self.log.open("rb") as file:
-            file.seek(self._log_start)
+            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - LOG_BYTES))
             lines = file.read().decode(errors="replace").rstrip().splitlines()
         message = [f"service {self.name} {what}; the end of its log {self.log}:", *lines[-LOG_LINES:]]
         return StageError("\n".join(message))

@@ -14,6 +14,7 @@ from rich.table import Table
 from megatron_r1.recipe.figures import model_figures, unmatched
 from megatron_r1.recipe.hashes import Hashes, files_of
 from megatron_r1.recipe.lock import is_held
+from megatron_r1.recipe.outside import place
 from megatron_r1.recipe.plan import Plan, Stage
 from megatron_r1.recipe.record import read_lineage
 from megatron_r1.recipe.standing import Ledger, Standing
@@ -126,7 +127,7 @@ def missing(plan: Plan) -> list[str]:
         f"stage {stage.name} needs {text}, which does not exist"
         for stage in plan.stages
         for text in stage.files
-        if not files_of(Path(text).expanduser())
+        if not files_of(place(text))
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from megatron_r1.errors import DataError
 from megatron_r1.recipe.artefacts import artefacts, content
 from megatron_r1.recipe.hashes import Hashes
+from megatron_r1.recipe.outside import place
 from megatron_r1.recipe.plan import Plan, Stage
 from megatron_r1.recipe.record import Record, key_of, read_lineage
 
@@ -69,7 +70,7 @@ class Ledger:
         """
         files = {}
         for text in stage.files:
-            digest = self.hashes.path(Path(text).expanduser())
+            digest = self.hashes.path(place(text))
             if digest is None:
                 raise missing_file(stage, text)
             files[text] = digest
@@ -98,8 +99,9 @@ class Ledger:
 
 def missing_file(stage: Stage, text: str) -> DataError:
     """The error about a file or folder outside the recipe."""
-    place = Path(text).expanduser().absolute()
-    return DataError(f"stage {stage.name}: {text} does not exist ({place}); correct the path, or put it there")
+    return DataError(
+        f"stage {stage.name}: {text} does not exist ({place(text).absolute()}); correct the path, or put it there"
+    )
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -27,8 +27,9 @@ def data_tables(summary: dict[str, Any]) -> list[DataTable]:
 def _tables(title: str, records: dict[str, Any]) -> list[DataTable]:
     if all(_is_plain(value) for value in records.values()):
         return [DataTable(title, ["value"], [(_words(name), [_text(value)]) for name, value in records.items()])]
-    if not all(isinstance(value, dict) for value in records.values()):
-        return []
+    if not all(isinstance(value, dict) for value in records.values()):  # one record with records in it
+        records = _flat(records)
+        return _tables(title, records) if records else []
     flat = {name: _flat(value) for name, value in records.items()}
     columns = list(dict.fromkeys(column for row in flat.values() for column in row))
     rows = [(_words(name), [_text(row.get(column)) for column in columns]) for name, row in flat.items()]

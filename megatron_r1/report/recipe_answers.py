@@ -1,13 +1,14 @@
 """What the models of a recipe wrote: the same questions answered by all of them, and the rollouts of its runs."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from megatron_r1.report.journal import Row, read
+from megatron_r1.errors import DataError
+from megatron_r1.report.journal import Row
 
 QUESTIONS = 8
 """Questions shown side by side, of all tasks together."""
@@ -83,24 +84,50 @@ def _comparison(key: tuple[str, str], found: dict[str, dict[tuple[str, str], Row
 
 
 def _first_answers(path: Path) -> dict[tuple[str, str], Row]:
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in islice(lines, READ)]
-    return {(row["task"], row["question_id"]): row for row in rows}
+    # One response of each, for all models are held at once, and each question may have dozens of long ones.
+    rows = islice(_rows(path), READ)
+    return {(row["task"], row["question_id"]): row | {"responses": row["responses"][:1]} for row in rows}
 
 
 def rollouts(output: Path, stages: Sequence[str]) -> list[Rollout]:
     """Responses that the runs kept, at most `ROLLOUTS` of each stage."""
     found = []
     for stage in stages:
-        every = list(_responses(stage, read(output / stage / "samples.jsonl")))
-        stride = max(1, -(-len(every) // ROLLOUTS))
-        found += every[::stride]
+        found += _evenly(_responses(stage, _rows(output / stage / "samples.jsonl")))
     return found
 
 
-def _responses(stage: str, rows: Sequence[Row]) -> Iterator[Rollout]:
+def _evenly(every: Iterable[Rollout]) -> list[Rollout]:
+    """At most `ROLLOUTS` of them, the first included; a long run kept more than memory holds."""
+    kept: list[Rollout] = []
+    stride = 1
+    for number, rollout in enumerate(every):
+        if number % stride == 0:
+            kept.append(rollout)
+        if len(kept) > 2 * ROLLOUTS:
+            kept, stride = kept[::2], 2 * stride
+    return kept[:: max(1, -(-len(kept) // ROLLOUTS))]
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Rows of a journal one by one; none if there is no file, none of the line that a kill cut short."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith("\n"):
+                yield _row(path, number, line)
+
+
+def _row(path: Path, number: int, line: str) -> Row:
+    try:
+        row: Row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number} is not JSON ({error}); remove that line and try again") from error
+    return row
+
+
+def _responses(stage: str, rows: Iterable[Row]) -> Iterator[Rollout]:
     for row in rows:
         for response in row["responses"]:
             yield Rollout(

@@ -3,7 +3,6 @@
 It reads of each stage the `metrics.jsonl`, `samples.jsonl` and `summary.json` that its verb has written.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ def render_recipe(output: Path, state: RecipeState) -> Path:
             box_size=(WIDTH, HEIGHT),
             stages={stage.name: stage for stage in state.stages},
             header=[name.replace("_", " ") for name in state.figures],
-            rows=[(model, _figures(model, state.figures)) for model in state.models],
+            rows=[(model, _figures(model, state)) for model in state.models],
             comparisons=comparisons,
             tables=_tables(output, state),
             curves=curves,
@@ -120,21 +119,26 @@ def _graph(state: RecipeState) -> dict[str, Any]:
     drawn = [stage for stage in state.stages if stage.name not in evaluations]
     drawing: Drawing = layout({stage.name: stage.needs for stage in drawn})
     first = state.figures[0] if state.figures else ""
-    notes = {model.made_by: _shown(first, model.figures.get(first)) for model in state.models if model.made_by}
+    notes = {model.made_by: _shown(state, first, model) for model in state.models if model.made_by}
     return {"drawing": drawing, "notes": notes, "figure": first.replace("_", " ")}
 
 
-def _figures(model: ModelState, names: Sequence[str]) -> list[str]:
-    return [_shown(name, model.figures.get(name)) for name in names]
+def _figures(model: ModelState, state: RecipeState) -> list[str]:
+    return [_shown(state, name, model) for name in state.figures]
 
 
-def _shown(name: str, value: Any) -> str:
-    """A figure of the table: a length as a count, what lies between 0 and 1 as a percentage."""
+def _shown(state: RecipeState, name: str, model: ModelState) -> str:
+    """A figure of the table: a length as a count, a share as a percentage.
+
+    What lies between 0 and 1 for every model is a share; the score of a reward model may lie there for one of them.
+    """
+    value = model.figures.get(name)
     if not isinstance(value, int | float):
         return "–"
     if "length" in name or "tokens" in name:
         return show_as("count", value)
-    return show_as("percent" if 0 <= value <= 1 else "number", value)
+    known = [found for one in state.models if isinstance(found := one.figures.get(name), int | float)]
+    return show_as("percent" if all(0 <= found <= 1 for found in known) else "number", value)
 
 
 def _tables(output: Path, state: RecipeState) -> list[tuple[str, list[DataTable]]]:

@@ -30,6 +30,9 @@ class Reward(ABC):
     """True when a score of 1.0 or more means that the answer is right; `sample.correct` says so."""
     needs_correctness: ClassVar[bool] = False
     """True for a reward that reads `sample.correct`: it is called after those that judge it."""
+    may_fail: ClassVar[bool] = False
+    """True for a reward that goes on when its server gives no answer. A None beside scores of the same group then
+    counts as their mean in the weighted sum, which speaks neither for nor against the sample; 0 would be a verdict."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

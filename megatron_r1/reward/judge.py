@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from statistics import fmean
 from types import TracebackType
 from typing import Self
 
@@ -126,8 +127,9 @@ class Judge:
             for name in part.names:
                 if self._rewards[name].needs_correctness:
                     self._store(name, part.group.samples, self._rewards[name](part.group))
+            stand_ins = self._stand_ins(part.group)
             for sample in part.group.samples:
-                sample.reward = self._weighted_sum(sample)
+                sample.reward = self._weighted_sum(stand_ins | _given(sample))
         self._count()
 
     def _count(self) -> None:
@@ -147,9 +149,15 @@ class Judge:
                 )
         return [name for name in self._rewards if name in question.rewards]
 
-    def _weighted_sum(self, sample: Sample) -> float:
-        parts = ((self.weights[name], value) for name, value in sample.rewards.items())
-        return sum(weight * value for weight, value in parts if value is not None)
+    def _stand_ins(self, group: Group) -> dict[str, float]:
+        """What counts where a reward failed: see `Reward.may_fail`."""
+        scores = [_given(sample) for sample in group.samples]
+        failing = [name for name, reward in self._rewards.items() if reward.may_fail]
+        given = {name: [score[name] for score in scores if name in score] for name in failing}
+        return {name: fmean(values) for name, values in given.items() if values}
+
+    def _weighted_sum(self, scores: dict[str, float]) -> float:
+        return sum(weight * scores[name] for name, weight in self.weights.items() if name in scores)
 
     def _send(self, calls: list[Call]) -> "Future[list[Verdict]]":
         assert self._verifiers is not None, "a judge with isolated rewards works inside its `with` block"
@@ -175,6 +183,11 @@ class Judge:
             sample.rewards[name] = value
             if value is not None and self._rewards[name].judges_correctness:
                 sample.correct = value >= 1.0 and sample.correct is not False
+
+
+def _given(sample: Sample) -> dict[str, float]:
+    """The scores that there are."""
+    return {name: score for name, score in sample.rewards.items() if score is not None}
 
 
 @dataclass

@@ -34,6 +34,7 @@ class ModelJudge(Reward):
         answer_in: AnswerIn = "tags"
 
     judges_correctness: ClassVar[bool] = True
+    may_fail: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_r1.config.evaluation import SamplingSection, ServedModelSection
+from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Component
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
@@ -60,7 +61,8 @@ class Sampler:
         self._engine: Engine | None = None
         self._stack = ExitStack()
         sampled_by = config.rollout.model_dump(mode="json", include=_SAMPLED_BY)
-        self._settings = [_identity(config.model), str(config.tokenizer), sampled_by]
+        judged_by = {name: _identity(section) for name, section in config.reward_models.items()}
+        self._settings = [_identity(config.model), str(config.tokenizer), sampled_by, judged_by]
         self._file = self._stack.enter_context(AnswerFile(output / SCORED))
 
     def __enter__(self) -> Self:
@@ -159,7 +161,7 @@ class _Display(Progress):
             self.console.print(f"{self.tasks[0].completed:,.0f} of {self.tasks[0].total:,.0f} questions answered")
 
 
-_SAMPLED_BY = {"temperature", "top_p", "max_tokens", "max_model_len"}
+_SAMPLED_BY = {"temperature", "top_p", "max_tokens", "max_model_len", "arguments"}
 """Keys of [rollout] that answers depend on."""
 
 
@@ -173,7 +175,7 @@ def check_judged(rewards: dict[str, Component]) -> None:
         )
 
 
-def _identity(model: ServedModelSection) -> list[Any]:
+def _identity(model: ServedModelSection | RewardModelServerSection) -> list[Any]:
     """What tells one model from another without reading its weights: the files, their sizes and times."""
     if not model.path.is_dir():
         raise DataError(f"there is no model folder {model.path}")

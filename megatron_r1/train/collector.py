@@ -1,7 +1,9 @@
 """Questions -> scored groups. The engine and the judge live on the first rank; every rank gets the groups."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
@@ -87,9 +89,22 @@ class Collector:
         stale = {sample.weight_version for group in groups for sample in group.samples} - {self._version}
         if stale:
             raise EngineError(f"samples come from weights {sorted(stale)}, but {self._version} was pushed last")
+        for sample in (sample for group in groups for sample in group.samples if sample.step_marks):
+            sample.step_rewards = by_token(sample.step_marks, self._tokenizer.pieces(sample.tokens))
         return groups
 
     @property
     def counters(self) -> dict[str, int]:
         """Verifications that timed out or crashed since this process began."""
         return dict(self._judge.counters) if is_first_rank() else {}
+
+
+def by_token(marks: Sequence[tuple[int, float]], pieces: Sequence[str]) -> list[tuple[int, float]]:
+    """Steps that end at a character of the text, by the token that this character is in.
+
+    Args:
+        marks: (characters up to the step's end, reward).
+        pieces: what each token adds to the text. [response]
+    """
+    ends = list(accumulate(map(len, pieces)))
+    return [(bisect_left(ends, end), reward) for end, reward in marks]

@@ -6,14 +6,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.runs import CriticSection, RLConfig
 from megatron_r1.loss.value import Value
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model
-from megatron_r1.model.parallel import from_first_rank
-from megatron_r1.train.batch import Minibatch
+from megatron_r1.model.parallel import device, from_first_rank
+from megatron_r1.train.batch import Minibatch, with_inputs
 from megatron_r1.train.policy import Figures
 from megatron_r1.train.scorer import Scorer
 from megatron_r1.types import Sample
@@ -50,10 +51,18 @@ class Critic:
 
     def step(self, batch: Sequence[Minibatch]) -> Figures:
         """Train on a rollout; returns the mean of each figure over its updates."""
-        passes = [self.scorer.step(minibatch, self.loss) for _ in range(self._section.epochs) for minibatch in batch]
+        evened = [self._evened(minibatch) for minibatch in batch]
+        passes = [self.scorer.step(minibatch, self.loss) for _ in range(self._section.epochs) for minibatch in evened]
         figures = {name: fmean(part[name] for part in passes) for name in passes[0]}
         renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
         return {renamed.get(name, name): value for name, value in figures.items()}
+
+    def _evened(self, minibatch: Minibatch) -> Minibatch:
+        """The minibatch, its tokens weighing what the critic's loss says; they come with the policy loss's weights."""
+        total = torch.tensor(sum(micro.selected.numel() for micro in minibatch), device=device())
+        dist.all_reduce(total)
+        [weight] = self.loss.token_weights([int(total)])
+        return with_inputs(minibatch, weights=[torch.full_like(micro.inputs.weights, weight) for micro in minibatch])
 
     def warming(self, step: int) -> bool:
         """Whether only the critic learns in this step: a policy that follows wrong values unlearns."""

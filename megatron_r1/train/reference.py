@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_r1.model.mapping import weights
+from megatron_r1.model.mapping import frozen, weights
 from megatron_r1.train.batch import Minibatch
 from megatron_r1.train.policy import Policy
 
@@ -41,7 +41,10 @@ class Reference:
         return True
 
     def _live(self) -> dict[str, torch.Tensor]:
-        return weights(self._policy.model.module)
+        """The policy's own weights, without those that are never trained and so are the reference's, too."""
+        module = self._policy.model.module
+        fixed = frozen(module)
+        return {name: tensor for name, tensor in weights(module).items() if name not in fixed}
 
     @contextlib.contextmanager
     @torch.no_grad()

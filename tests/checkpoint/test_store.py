@@ -116,6 +116,15 @@ def test_what_a_killed_run_left_is_ignored_and_cleared_away(make_policy: MakePol
     assert not (checkpoints.folder / "step_00000007/half").exists()
 
 
+def test_a_step_may_be_saved_again(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """A critic's is, where the run was killed before the policy's checkpoint of that step was whole."""
+    checkpoints, policy = store(tmp_path), small(make_policy)
+    checkpoints.save(1, policy.trainable, {}, {"figure": 1.0})
+    checkpoints.save(1, policy.trainable, {}, {"figure": 2.0})
+    assert checkpoints.load(1, policy.trainable, {}) == {"figure": 2.0}
+    assert names(checkpoints) == ["step_00000001"]
+
+
 def damage(path: Path, how: str) -> None:
     data = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
     match how:

@@ -12,6 +12,7 @@ REWARDS: list[dict[str, Any]] = [
     {"type": "code"},
     {"type": "code_format"},
     {"type": "cosine"},
+    {"type": "equations"},
     {"type": "format"},
     {"type": "language_consistency"},
     {"type": "length"},

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.data.records import Records, RecordsConfig
+from megatron_r1.config.records import RecordsSection
+from megatron_r1.data.records import Records
 from megatron_r1.errors import ConfigError, DataError
 
 ROWS = [{"question": f"{n} + {n}?", "answer": str(2 * n), "level": n % 3} for n in range(10)]
@@ -49,7 +50,7 @@ def written(kind: str, rows: list[dict[str, Any]]) -> str:
 
 
 def records(source: str, **keys: Any) -> Records:
-    return Records(RecordsConfig(source=source, **keys))
+    return Records(RecordsSection(source=source, **keys))
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -157,7 +158,7 @@ def test_columns_that_are_not_there() -> None:
     with pytest.raises(DataError, match=r"no column 'problem'; it has .*columns = \{ problem = '\.\.\.' \}"):
         records(source).require("answer", "problem")
     with pytest.raises(ConfigError, match="no field 'promblem', did you mean 'problem'"):
-        Records(RecordsConfig(source=source, columns={"promblem": "question"}), fields=["problem"])
+        Records(RecordsSection(source=source, columns={"promblem": "question"}), fields=["problem"])
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", 7, ["a"]])

@@ -58,6 +58,7 @@ def test_figures_by_hand() -> None:
     assert result == {
         "questions": 4,
         "questions_not_judged": 1,
+        "answers_not_judged": 0,
         "samples": 4,
         "pass@1": pytest.approx(statistics.fmean(rates)),
         "pass@1_error": pytest.approx(statistics.stdev(rates) / 3**0.5),
@@ -70,6 +71,11 @@ def test_figures_by_hand() -> None:
         "truncated_share": pytest.approx(7 / 16),
         "rewards": {"known": pytest.approx(5 / 12)},
     }
+
+
+def test_answers_that_a_judge_failed_at_are_counted() -> None:
+    result = figures([(question(), answers(True, None, False, None)), (question(), answers(None, None, None, None))])
+    assert (result["questions_not_judged"], result["answers_not_judged"], result["pass@1"]) == (1, 2, 0.5)
 
 
 def test_no_vote_over_programs_and_no_figures_of_nothing() -> None:

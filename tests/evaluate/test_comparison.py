@@ -28,5 +28,11 @@ def test_the_questions_of_both_are_compared(tmp_path: Path) -> None:
 def test_nothing_to_compare_with(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"samples\.jsonl.*output folder of a finished"):
         pass_rates(tmp_path / "nowhere")
+    rl = tmp_path / "rl"
+    rl.mkdir()
+    for text in ('{"step": 0, "responses": []}', "[1]", "{"):
+        (rl / "samples.jsonl").write_text(text + "\n")
+        with pytest.raises(DataError, match=r"samples\.jsonl cannot be used.*output folder of a finished"):
+            pass_rates(rl)
     with pytest.raises(DataError, match="no question in common"):
         gain({"a": 1.0}, {"b": 1.0})

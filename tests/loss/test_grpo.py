@@ -164,3 +164,16 @@ def test_dapo_and_dr_grpo_are_options(seed: int) -> None:
     assert not dapo.needs_reference
     assert dapo(*inputs(dapo, samples))[0].item() == pytest.approx(-total / tokens, rel=1e-5)
     assert dr(*inputs(dr, samples))[0].item() == pytest.approx(-total / (len(samples) * 64), rel=1e-5)
+
+
+def test_a_ratio_of_whole_outputs_that_overflows_leaves_the_gradient_finite() -> None:
+    """120 nats over 40 tokens: exp(120) is no float32. The first output is clipped, the second no longer pushed."""
+    loss = build(ratio="sequence", kl_coef=0.0)
+    tokens = {"new": [-1.0] * 40, "old": [-4.0] * 40, "ref": [-1.0] * 40}
+    kept = {"new": [-1.0], "old": [-1.0], "ref": [-1.0], "advantage": -1.0}
+    new, data = inputs(loss, [tokens | {"advantage": 1.0}, tokens | {"advantage": -1.0}, kept])  # type: ignore[dict-item]
+    value, metrics = loss(new, data)
+    value.backward()
+    assert new.grad is not None
+    assert new.grad.tolist() == pytest.approx([0.0] * 80 + [1 / 3])
+    assert all(torch.isfinite(figure) for figure in metrics.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from megatron_r1.config.sections import ParallelSection
@@ -84,6 +84,19 @@ def test_dense_families_too(name: str, tmp_path: Path) -> None:
         expected = theirs(text[None]).logits[0, 0]
     torch.testing.assert_close(values(model, text)[-1], expected, atol=1e-5, rtol=1e-5)
     assert build_model(section(tmp_path / "hf", load_weights=True), 128).hf == model.hf
+
+
+def test_a_tied_model_may_hold_its_vocabulary_twice(tmp_path: Path) -> None:
+    """Some checkpoints store `lm_head.weight` although it is the embedding."""
+    initialize(ParallelSection(), seed=0)
+    write_dense(tmp_path / "causal", "qwen2_tied")
+    file = tmp_path / "causal/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    model = build_model(section(tmp_path / "causal", load_weights=True), 128, head="scalar")
+    exported = dict(model.map.export(model.module, torch.float32))
+    assert "lm_head.weight" not in exported
+    assert torch.equal(exported["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
 
 
 def test_packed_sequences_have_the_values_they_have_alone(scalar: BuiltModel, texts: list[torch.Tensor]) -> None:

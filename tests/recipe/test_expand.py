@@ -105,6 +105,13 @@ def test_files_from_outside(recipe: Recipe, plan: Callable[..., Plan]) -> None:
     assert made.stage("third").files == ["exam.jsonl", "nowhere/x.jsonl"]
 
 
+def test_a_tilde_that_is_nobodys_home(recipe: Recipe, plan: Callable[..., Plan]) -> None:
+    """Text that a file system would not take for a home folder is text."""
+    recipe.tree["services"] = {"judge": {"command": ["python", "-c", "~~~. end"], "ready": "http://x"}}
+    recipe.tree["stages"]["second"]["services"] = ["judge"]
+    assert plan().stage("second").files == ["exam.jsonl"]
+
+
 def test_a_plan_is_read_as_it_was_saved(recipe: Recipe, plan: Callable[..., Plan]) -> None:
     made = plan()
     made.save()

@@ -59,6 +59,15 @@ def test_summarize(plan: Plan) -> None:
     }
 
 
+@pytest.mark.parametrize("left", [None, "", "[1]", "{"])
+def test_results_that_were_removed_or_damaged_since_are_none(plan: Plan, left: str | None) -> None:
+    results = plan.output / "evaluate_base/results.json"
+    results.unlink()
+    if left is not None:
+        results.write_text(left)
+    assert summarize(plan, {"evaluate_base": "ran", "evaluate_r1": "not run"})["models"]["base"]["accuracy"] is None
+
+
 def test_a_figure_that_is_nowhere_is_told(plan: Plan) -> None:
     assert unmatched(plan) == [
         "figure 'no': no evaluation has 'tasks.sum.pass@1', did you mean 'tasks.sums.pass@1'?",

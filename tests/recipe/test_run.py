@@ -128,6 +128,23 @@ def test_from_and_only(recipe: Recipe) -> None:
     assert "no stage 'x'" in recipe.run("--only=x", code=2).stderr
 
 
+def test_what_only_leaves_out_is_not_called_done(recipe: Recipe) -> None:
+    """The first stage is out of date, so the recipe as a whole is not done, whatever lies in its folders."""
+    recipe.run()
+    recipe.rows(["other words"])
+    assert recipe.ran("--only=third") == {"first": "out of date", "second": "waits", "third": "unchanged"}
+    assert not (recipe.output / "summary.json").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_why(recipe: Recipe) -> None:
+    recipe.run()
+    recipe.tree["stages"]["second"]["text"] = ["txet"]
+    (recipe.output / "third/stage.json").write_text("{")
+    failed = recipe.run(code=1).stderr
+    assert "stage second (data decontaminate) ended with exit code 2" in failed
+    assert "the state of the stages cannot be shown" in failed
+
+
 def test_from_is_begun_once(recipe: Recipe) -> None:
     """Interrupted and repeated, it goes on with what it has made anew."""
     recipe.run()

@@ -1,10 +1,14 @@
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_r1.errors import DataError
 from megatron_r1.report.data_tables import data_tables
+from megatron_r1.report.recipe_answers import ROLLOUTS, rollouts
 from megatron_r1.report.recipe_page import ModelState, RecipeState, StageState, render_recipe
 from megatron_r1.types import Group, Question, Sample
 from tests.report.browser import CHROMIUM, Browser
@@ -100,6 +104,38 @@ def test_tables_of_a_summary() -> None:
     assert plain.rows == [("rows", ["1,234"])]
     assert by.columns == ["n", "mean", "deep x"]
     assert by.rows == [("math", ["2", "0.512", "–"]), ("chat", ["1", "–", "–"])]
+
+
+def test_a_record_with_records_in_it_is_one_table() -> None:
+    """As `preferences` tells of its judge: failures are not left out because a name stands beside them."""
+    [table] = data_tables({"judge": {"model": "j", "failures": {"failed": 3, "timeouts": 1}, "list": [1]}})
+    assert table.rows == [("model", ["j"]), ("failures failed", ["3"]), ("failures timeouts", ["1"])]
+    assert data_tables({"judge": {"list": [1], "failures": {}}}) == []
+
+
+def test_a_score_of_one_model_between_0_and_1_is_no_share(recipe: tuple[Path, RecipeState]) -> None:
+    output, state = recipe
+    models = [ModelState(name, "none", None, {"score": value}) for name, value in (("base", -1.25), ("r1", 0.75))]
+    page = Page(render_recipe(output, replace(state, models=models, figures=["score"])))
+    assert "0.75" in page.text
+    assert "75.0 %" not in page.text
+
+
+def test_the_rollouts_of_a_long_run_are_spread_over_its_steps(tmp_path: Path) -> None:
+    (tmp_path / "rl").mkdir()
+    response = {"text": "", "reward": 0.0, "rewards": {}, "tokens": 1, "finished": True}
+    row = {"tag": "train", "task": "sums", "prompt": "p", "answer": "7", "responses": [response]}
+    steps = 10 * ROLLOUTS + 7
+    lines = [json.dumps(row | {"step": step}) + "\n" for step in range(steps)]
+    (tmp_path / "rl/samples.jsonl").write_text("".join(lines) + lines[0][:9])
+    shown = [one.step for one in rollouts(tmp_path, ["rl"])]
+    assert ROLLOUTS / 2 <= len(shown) <= ROLLOUTS
+    assert len({later - earlier for earlier, later in pairwise(shown)}) == 1
+    assert shown[0] == 0
+    assert steps - shown[-1] <= shown[1]
+    (tmp_path / "rl/samples.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        rollouts(tmp_path, ["rl"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")

@@ -48,8 +48,9 @@ def test_verdicts_become_scores() -> None:
     with scripted(knows) as server, Judge({"it": section(server.url, weight=2.0)}) as judge:
         judge([asked])
     assert parts([asked]) == [[1.0, 0.0, 0.0, None, 1.0]]
+    # No verdict is no verdict: it counts as the mean of the others, 2 of 4 times the weight, and not as wrong.
+    assert [sample.reward for sample in asked.samples] == [2.0, 0.0, 0.0, 1.0, 2.0]
     assert [sample.correct for sample in asked.samples] == [True, False, False, None, True]
-    assert [sample.reward for sample in asked.samples] == [2.0, 0.0, 0.0, 0.0, 2.0]
     assert judge.counters["it_failed"] == 1
     assert judge.counters["it_nonsense"] == 2
     assert len(server.requests) == 4, "the same answer is judged once, a missing one not at all, a failure twice"

@@ -75,7 +75,8 @@ def test_text_in_and_out(url: str, model: ServedModelSection) -> None:
         choice = completion(url, model, prompt=asked, max_tokens=8, return_token_ids=True)
         assert choice["token_ids"] == ids[len(prompt) :]
         assert choice["finish_reason"] == "length"
-        assert choice["text"].strip() == tokenizer.decode(ids[len(prompt) :]).strip()
+        # At the end vLLM leaves out the bytes of a character that is not complete.
+        assert choice["text"].strip() == tokenizer.decode(ids[len(prompt) :]).rstrip("\ufffd").strip()
 
 
 def test_the_users_arguments_come_last(model: ServedModelSection, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_r1.config.load import validate
 from megatron_r1.errors import DataError
+from megatron_r1.loss.ppo import Ppo
 from megatron_r1.model.mapping import weights
 from megatron_r1.train.critic import Critic, explained_variance
 from megatron_r1.train.learner import Learner
@@ -57,6 +59,22 @@ def test_the_value_of_a_token_does_not_see_it(make_learner: Callable[..., Learne
     assert one.values is not None
     assert one.values[:3] == pytest.approx(first[:3], abs=1e-6)
     assert abs(one.values[3] - first[3]) > 1e-4
+
+
+@pytest.mark.parametrize("loss", [{"aggregate": "sequence"}, {"aggregate": "constant", "max_tokens": 500}])
+def test_every_token_counts_alike_whatever_the_policys_loss_says(
+    make_learner: Callable[..., Learner], loss: dict[str, Any]
+) -> None:
+    """The first value loss of a minibatch is 1/2 the mean of (V - R)^2 over its tokens."""
+    made = make_learner(critic={"optim": {"lr": 1e-9}, "value_clip": 0.0})
+    made.loss = Ppo(validate(Ppo.Config, {"kl_coef": 0.1} | loss, where="test"))
+    batch, _ = made.estimate(rollout := groups(), made.score(rollout, 0)[0])
+    means = []
+    for minibatch in batch:
+        pairs = [(micro.inputs.old_values, micro.inputs.returns) for micro in minibatch]
+        errors = torch.cat([(v - r) ** 2 for v, r in pairs if v is not None and r is not None])
+        means.append(float(errors.mean()) / 2)
+    assert critic_of(made).step(batch)["value_loss"] == pytest.approx(sum(means) / len(means), rel=1e-4)
 
 
 def test_it_comes_back_bit_for_bit(make_learner: Callable[..., Learner]) -> None:

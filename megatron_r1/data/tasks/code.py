@@ -4,8 +4,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt
 
+from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.section import Component
-from megatron_r1.data.records import RecordsConfig, Row
+from megatron_r1.data.records import Row
 from megatron_r1.data.tasks.base import Problem
 from megatron_r1.data.tasks.code_tests import code_tests
 from megatron_r1.data.tasks.records import RecordsTask
@@ -22,7 +23,7 @@ class Code(RecordsTask):
     first of the tests that are Python statements.
     """
 
-    class Config(RecordsConfig):
+    class Config(RecordsSection):
         language: Literal["python", "cpp"] | None = None
         """Language of the solutions, where the tests do not say; None = Python."""
         shown_asserts: NonNegativeInt = 1

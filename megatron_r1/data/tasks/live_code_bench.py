@@ -11,7 +11,8 @@ import zlib
 from functools import cached_property
 from typing import Any, ClassVar
 
-from megatron_r1.data.records import RecordsConfig, Row
+from megatron_r1.config.records import RecordsSection
+from megatron_r1.data.records import Row
 from megatron_r1.data.tasks.base import Problem
 from megatron_r1.data.tasks.code import Code
 from megatron_r1.data.tasks.code_tests import code_tests
@@ -21,7 +22,7 @@ from megatron_r1.errors import DataError
 class LiveCodeBench(Code):
     """Its problems with their public and private tests. DeepSeek-R1 is evaluated on those of 2024-08 to 2025-01."""
 
-    class Config(RecordsConfig):
+    class Config(RecordsSection):
         after: str = ""
         """First date of a contest, included: "2024-08-01"; empty = no bound."""
         before: str = ""

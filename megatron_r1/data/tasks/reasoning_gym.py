@@ -45,6 +45,8 @@ class ReasoningGym(Task):
         """Questions after which `level` rises by one; None = never."""
         max_level: NonNegativeInt | None = None
         """Where it stops; None = at the dataset's highest."""
+        difficulty: str | None = None
+        """Key of an entry's metadata, such as `num_terms`, by whose value a run reports its pass rates; None = not."""
 
         @model_validator(mode="after")
         def _rises_from_somewhere(self) -> "ReasoningGym.Config":
@@ -79,7 +81,7 @@ class ReasoningGym(Task):
             text=entry["question"].strip(),
             # A few datasets accept any valid answer and have no reference one.
             answer="" if entry["answer"] is None else str(entry["answer"]),
-            metadata={"entry": entry},
+            metadata={"entry": entry, **self._difficulty(entry["metadata"])},
         )
 
     def level(self, index: int) -> int | None:
@@ -95,6 +97,18 @@ class ReasoningGym(Task):
             board = tuple(tuple(line) for line in entry["metadata"]["output"])
             entry = {**entry, "metadata": {**entry["metadata"], "output": board}}
         return score(self.name, self._scorer.score_answer, answer, entry)
+
+    def _difficulty(self, known: dict[str, Any]) -> dict[str, str]:
+        key = self.config.difficulty
+        if key is None:
+            return {}
+        if not isinstance(known.get(key), str | int | float):
+            plain = sorted(name for name, value in known.items() if isinstance(value, str | int | float))
+            raise ConfigError(
+                f"reasoning-gym dataset {self.name!r}: difficulty = {key!r} is no plain value of its metadata"
+                f"{nearest(key, plain)}; there are {', '.join(plain)}"
+            )
+        return {"difficulty": f"{key} {known[key]}"}
 
     def __reduce__(self) -> tuple[type["ReasoningGym"], tuple[Config]]:
         return ReasoningGym, (self.config,)

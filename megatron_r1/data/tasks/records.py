@@ -4,7 +4,8 @@ import re
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from megatron_r1.data.records import Records, RecordsConfig, Row
+from megatron_r1.config.records import RecordsSection
+from megatron_r1.data.records import Records, Row
 from megatron_r1.data.tasks.base import Problem
 from megatron_r1.data.tasks.finite import FiniteTask
 
@@ -15,10 +16,11 @@ class RecordsTask(FiniteTask):
     """A data set as a task. A subclass names the fields it reads, and makes a problem of a row.
 
     Every problem carries in its metadata `place`, where its row stands, and `language`, if a column of that name holds
-    an ISO 639-1 code.
+    an ISO 639-1 code, and `difficulty`, by which a run reports its pass rates, from a column of that name (or of the one
+    that `columns` maps it to: `columns = { difficulty = "level" }`).
     """
 
-    class Config(RecordsConfig):
+    class Config(RecordsSection):
         """Keys beside the source's; a subclass with keys derives from this."""
 
     required: ClassVar[tuple[str, ...]]
@@ -28,7 +30,7 @@ class RecordsTask(FiniteTask):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.records = Records(config, fields=(*self.required, *self.optional, "language"))
+        self.records = Records(config, fields=(*self.required, *self.optional, "language", "difficulty"))
 
     @abstractmethod
     def parse(self, row: Row) -> Problem:
@@ -54,4 +56,6 @@ class RecordsTask(FiniteTask):
         language = row.get("language")
         if isinstance(language, str) and _LANGUAGE_CODE.fullmatch(language):
             problem.metadata.setdefault("language", language)
+        if (difficulty := row.get("difficulty")) is not None:
+            problem.metadata.setdefault("difficulty", str(difficulty))
         return problem

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
 
+from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.section import Component
-from megatron_r1.data.records import RecordsConfig, Row
+from megatron_r1.data.records import Row
 from megatron_r1.data.tasks.base import Problem
 from megatron_r1.data.tasks.records import RecordsTask
 from megatron_r1.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ class Stem(RecordsTask):
     label of an option, its number from 0, or its text.
     """
 
-    class Config(RecordsConfig):
+    class Config(RecordsSection):
         answer_is: Literal["label", "number", "text"] | None = None
         """What `answer` holds; None = told from the row: a number, else a label, else a text."""
         distractors: list[str] = []

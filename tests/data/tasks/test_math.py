@@ -59,3 +59,9 @@ def test_a_missing_column_and_a_wrong_mapping(tmp_path: Path) -> None:
         build("math", tmp_path, rows).problem(0, 0)
     with pytest.raises(ConfigError, match="no field 'solutions', did you mean 'solution'"):
         build("math", tmp_path, rows, columns={"solutions": "problems"})
+
+
+def test_a_column_says_how_difficult_a_problem_is(tmp_path: Path) -> None:
+    rows = [{"problem": "1 + 1?", "answer": "2", "level": 3}, {"problem": "1 + 2?", "answer": "3", "level": None}]
+    task = build("math", tmp_path, rows, columns={"difficulty": "level"})
+    assert [task.row(number).metadata.get("difficulty") for number in range(2)] == ["3", None]

@@ -196,3 +196,16 @@ def test_bad_levels(keys: dict[str, object], message: str) -> None:
 def test_bad_options(dataset: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(dataset, **options)
+
+
+def test_difficulty_is_a_value_of_the_entry() -> None:
+    section = {"type": "reasoning_gym", "dataset": "chain_sum", "options": {"min_terms": 2, "max_terms": 3}}
+    task = component.build("task", section | {"difficulty": "num_terms"})
+    problems = [task.problem(0, index) for index in range(20)]
+    assert {problem.metadata["difficulty"] for problem in problems} == {"num_terms 2", "num_terms 3"}
+    assert all(
+        problem.metadata["difficulty"] == f"num_terms {problem.metadata['entry']['metadata']['num_terms']}"
+        for problem in problems
+    )
+    with pytest.raises(ConfigError, match="'terms' is no plain value.*did you mean 'num_terms'"):
+        component.build("task", section | {"difficulty": "terms"}).problem(0, 0)

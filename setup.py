@@ -64,6 +64,10 @@ GPU = [
     "transformer-engine[core_cu13,pytorch]>=2.11,<2.12",  # fused layers and FP8; below 2.12 for megatron-core 0.16
 ]
 
+LM_EVAL = [
+    "lm_eval[api]==0.4.13",  # the harness that `megatron-r1 lm-eval` runs
+]
+
 DEV = [
     "pytest~=9.2",  # test runner
     "pytest-timeout~=2.4",  # a hanging test fails
@@ -87,7 +91,7 @@ setup(
     packages=find_packages(include=["megatron_r1", "megatron_r1.*"]),
     package_data={"megatron_r1": ["**/*.j2", "**/*.json", "**/*.toml", "py.typed"]},
     install_requires=COMMON,
-    extras_require={"cpu": CPU, "gpu": GPU, "dev": DEV},
+    extras_require={"cpu": CPU, "gpu": GPU, "lm-eval": LM_EVAL, "dev": DEV},
     entry_points={
         "console_scripts": ["megatron-r1 = megatron_r1.cli:main"],
     },

@@ -30,7 +30,7 @@ def uncontaminated(config: CollectConfig, candidates: Sequence[Candidate], ledge
     write_lines(folder / "rows.jsonl", texts)
     tree = config.decontaminate.model_dump(exclude_none=True)
     tree |= {"output": str(folder), "data": {"source": str(folder / "rows.jsonl")}}
-    decontaminate.run(validate(decontaminate.DecontaminateConfig, tree, where="[decontaminate]"))
+    decontaminate.separate(validate(decontaminate.DecontaminateConfig, tree, where="[decontaminate]"))
     table = JsonLines(folder / DROPPED)
     overlaps = {row["row"]["number"]: row["overlap"] for row in map(table.row, range(len(table)))}
     for number, overlap in overlaps.items():

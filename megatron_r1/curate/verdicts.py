@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from megatron_r1.config.chat_endpoint import ChatEndpointSection
+from megatron_r1.errors import DataError
 from megatron_r1.report.journal import read, replace_text
 from megatron_r1.reward.chat_endpoint import ChatEndpoint, Verdict
 from megatron_r1.reward.prompt import Messages
@@ -50,8 +51,13 @@ class Verdicts(Generic[V]):
         path = output / VERDICTS
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = read(path)
+        try:
+            self._known: dict[str, dict[str, Any]] = {row["key"]: row["verdict"] for row in rows}
+        except (LookupError, TypeError) as error:
+            raise DataError(
+                f"{path} holds lines that are no verdicts; move it away to ask anew"
+            ) from error
         replace_text(path, "".join(map(_line, rows)))  # without the line that a kill cut short
-        self._known: dict[str, dict[str, Any]] = {row["key"]: row["verdict"] for row in rows}
         self._file = path.open("a", encoding="utf-8", errors="replace")
         self._prepared = False
 

@@ -57,7 +57,23 @@ class DecontaminateConfig(Section):
 
 
 def run(config: DecontaminateConfig) -> dict[str, Any]:
-    """Write `kept.jsonl`, `dropped.jsonl` and `summary.json`.
+    """Write `kept.jsonl`, `dropped.jsonl` and `summary.json`; see `separate`.
+
+    Raises:
+        DataError: no row is kept.
+    """
+    summary = separate(config)
+    if not summary["kept"]:
+        raise DataError(
+            f"all {summary['rows']:,} rows of {config.data.source} share words with an evaluation set; "
+            f"{config.output / 'dropped.jsonl'} shows which: they are that set, or `ngram` = {config.ngram} is too few"
+        )
+    write_json(config.output / "summary.json", summary)
+    return summary
+
+
+def separate(config: DecontaminateConfig) -> dict[str, Any]:
+    """Write `kept.jsonl` and `dropped.jsonl`.
 
     Returns:
         Rows read, kept and dropped; of each evaluation set its rows and how many rows they dropped; and the n-grams
@@ -91,7 +107,6 @@ def run(config: DecontaminateConfig) -> dict[str, Any]:
         "evaluation": {name: {**size, "dropped": dropped_by[name]} for name, size in sizes.items()},
         "commonest": dict(sorted(_repeated(shared), key=lambda item: (-item[1], item[0]))[:COMMONEST]),
     }
-    write_json(config.output / "summary.json", summary)
     _show(summary)
     return summary
 

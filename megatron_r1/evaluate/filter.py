@@ -46,7 +46,7 @@ def run(config: FilterConfig, open_engine: OpenEngine = open_fleet) -> dict[str,
 
     Raises:
         ConfigError: a task that is not over a data set, or rewards that do not judge correctness.
-        DataError: a row, tokenizer or model that cannot be read.
+        DataError: a row, tokenizer or model that cannot be read; no row is kept.
         EngineError: the engines do not start or die.
     """
     task = component.build("task", config.data.task)
@@ -71,8 +71,13 @@ def run(config: FilterConfig, open_engine: OpenEngine = open_fleet) -> dict[str,
         "dropped": dict(sorted(Counter(why.reason for why in dropped.values()).items())),
         "pass_rates": _counts(rates),
     }
-    write_json(config.output / "summary.json", summary)
     _show(summary)
+    if not sieve.kept:
+        raise DataError(
+            f"none of {task.size:,} rows is kept (dropped: {summary['dropped']}); {config.output / 'dropped.jsonl'} "
+            "has each with its reason: loosen the bound that drops most"
+        )
+    write_json(config.output / "summary.json", summary)
     return summary
 
 

@@ -96,16 +96,16 @@ def _table(summary: dict[str, Any]) -> Table:
     """A row for each metric."""
     limit = f", only the first {summary['limit']:,} questions of each" if summary["limit"] else ""
     table = Table(title=f"{summary['model']}, {summary['harness']}{limit}", title_justify="left", box=None)
-    for column in ("task", "version", "fewshot", "questions", "metric", "value", "error"):
+    for column in ("task", "fewshot", "questions", "metric", "value", "error"):
         justify: Literal["left", "right"] = "left" if column in {"task", "metric"} else "right"
-        table.add_column(column, justify=justify, header_style="dim", overflow="fold")
+        table.add_column(column, justify=justify, header_style="dim", no_wrap=True)
     for name, entry in (summary["tasks"] | summary["groups"]).items():
-        told = [_shown(entry[column]) for column in ("version", "fewshot", "questions")]
         for metric, value in entry.items():
             base, comma, chosen = metric.partition(",")
             error = f"{base}_error{comma}{chosen}"
             if error in entry:
-                table.add_row(name, *told, metric, _shown(value), _shown(entry[error]))
+                cells = (entry["fewshot"], entry["questions"], metric, value, entry[error])
+                table.add_row(name, *map(_shown, cells))
     return table
 
 

@@ -41,7 +41,8 @@ class LogitsObserver:
     def _hook(self, module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
         if self.temperature != 1.0:
-            logits = logits.float() / self.temperature  # as the engine: a quotient rounded to bfloat16 is 0.02 nats off
+            # As the engine: a quotient rounded to bfloat16 is 0.02 nats off. In place, for the copy is the largest tensor.
+            logits = logits.to(torch.float32, copy=True).div_(self.temperature)
         if self._entropies is not None:
             self._calls += 1
             if self._calls % self._heads == 0:

@@ -14,8 +14,9 @@ from megatron_r1.config.sections import ParallelSection
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)
-"""Longest that ranks wait for one another; a rollout happens inside one wait."""
+TIMEOUT = timedelta(days=1)
+"""Longest that ranks wait for one another. A rollout, which may take hours, happens inside one wait; a rank that dies
+needs no limit, because torchrun ends the others."""
 
 
 def initialize(section: ParallelSection, seed: int) -> None:

@@ -109,7 +109,8 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """All that is done once the last stage is."""
-        (self.plan.output / ANEW).unlink(missing_ok=True)
+        if self.choice.anew or self.choice.only is None:  # another stage alone does not end what `--from` began
+            (self.plan.output / ANEW).unlink(missing_ok=True)
         states = self._final_states()
         summary = summarize(self.plan, states)
         if set(states.values()) <= {"ran", "unchanged"}:

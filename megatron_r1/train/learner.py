@@ -57,12 +57,15 @@ class Learner:
         loss: Loss = component.build("loss", config.loss)
         advantage: Advantage = component.build("advantage", config.advantage)
         refers = loss.needs_reference or advantage.needs_ref_logprobs
+        critic = Critic(config, config.critic) if config.critic else None
+        if critic:
+            check_tokenizer(critic.scorer.model, tokenizer.vocab_size, tokenizer.eos_id)
         return cls(
             config=config,
             tokenizer=tokenizer,
             policy=policy,
             reference=Reference(policy, config.reference.refresh_every) if refers else None,
-            critic=Critic(config, config.critic) if config.critic else None,
+            critic=critic,
             rollouts=Rollouts(config, exclude=texts(exam)),
             heldout=exam,
             advantage=advantage,

@@ -128,7 +128,8 @@ class TrainedModel:
         if not torch.isfinite(total):
             raise NumericsError(
                 "a gradient is not finite, so the update was refused; the last checkpoint is intact. "
-                "Lower optim.lr or optim.clip_grad, or look for the step where grad_norm began to rise"
+                "Lower lr or clip_grad of [optim] (a critic's: [critic.optim]), or look for the step where grad_norm "
+                "began to rise"
             )
 
     def _total(self, outputs: list[Metrics]) -> Figures:

@@ -108,6 +108,13 @@ def test_a_shorter_ngram_drops_more(tmp_path: Path) -> None:
     assert [row["row"]["id"] for row in lines(tmp_path / "out/dropped.jsonl")] == [1, 2, 4]
 
 
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    same = {"same": {"data": {"source": str(tmp_path / "rows.jsonl")}}}
+    with pytest.raises(DataError, match=r"all 6 rows of .*rows\.jsonl share words.*dropped\.jsonl"):
+        run(config(tmp_path, evaluation=same))
+    assert not (tmp_path / "out/summary.json").exists()
+
+
 def test_a_task_is_an_evaluation_set(tmp_path: Path) -> None:
     task = {"type": "tests.data.test_decontaminate:Quotations"}
     run(config(tmp_path, evaluation={"quotations": {"task": task}}))

@@ -123,6 +123,16 @@ def test_a_second_run_counts_again_without_an_engine(
     assert again == first
 
 
+def test_other_arguments_of_the_engine_sample_again(tmp_path: Path, sums: Path, model: Path) -> None:
+    """They may quantise the model; what was sampled without them is not taken for theirs."""
+    tasks = {"sums": over(sums) | {"rewards": KNOWN}}
+    evaluated(model, tmp_path / "out", tasks=tasks)
+    opener = Opener()
+    rollout = sampling(model)["rollout"] | {"arguments": ["--quantization=fp8"]}
+    evaluated(model, tmp_path / "out", opener, tasks=tasks, rollout=rollout)
+    assert opener.asked == [4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -63,6 +63,12 @@ def test_duplicates_and_lengths_need_no_model(tmp_path: Path) -> None:
     assert not opener.engines
 
 
+def test_nothing_left_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of 5 rows is kept.*'too short': 4.*dropped\.jsonl"):
+        filtered(mixed(tmp_path), tmp_path / "out", length={"min_characters": 500})
+    assert not (tmp_path / "out/summary.json").exists()
+
+
 def test_nothing_is_dropped_unless_asked(tmp_path: Path) -> None:
     filtered(mixed(tmp_path), tmp_path / "out", deduplicate=False)
     assert lines(tmp_path / "out/kept.jsonl") == MIXED

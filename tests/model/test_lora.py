@@ -15,7 +15,7 @@ from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.lora import Adapter, adapters, size, without_adapters
-from megatron_r1.model.mapping import weights
+from megatron_r1.model.mapping import frozen, weights
 from megatron_r1.model.parallel import initialize
 from megatron_r1.train.batch import from_rows
 from megatron_r1.train.policy import Policy
@@ -148,6 +148,7 @@ def test_a_resumed_run_reaches_the_same_bits(exported: Path, tmp_path: Path) -> 
 def test_the_reference_is_the_base_until_it_is_refreshed(exported: Path) -> None:
     policy = policy_of(exported)
     reference = Reference(policy, every=2)
+    assert set(reference.weights) == set(weights(policy.model.module)) - frozen(policy.model.module)
     minibatch = [from_rows(TOKENS[:, :-1], TOKENS[:, 1:], 64)]
     start = policy.logprobs(minibatch)[0]
     train(policy, 0, 2)

@@ -152,6 +152,7 @@ def test_from_is_begun_once(recipe: Recipe) -> None:
     recipe.run("--from=first", code=2)
     before = made(recipe)["first"]
     recipe.tree["stages"]["third"]["data"]["source"] = "@second/kept.jsonl"
+    recipe.run("--only=second")  # does not end what was begun
     assert recipe.ran("--from=first") == {"first": "unchanged", "second": "unchanged", "third": "ran"}
     assert made(recipe)["first"] == before
     assert recipe.ran("--from=first") == {"first": "ran", "second": "ran", "third": "ran"}

@@ -207,5 +207,5 @@ def test_difficulty_is_a_value_of_the_entry() -> None:
         problem.metadata["difficulty"] == f"num_terms {problem.metadata['entry']['metadata']['num_terms']}"
         for problem in problems
     )
-    with pytest.raises(ConfigError, match="'terms' is no plain value.*did you mean 'num_terms'"):
+    with pytest.raises(ConfigError, match=r"'terms' is no plain value.*did you mean 'num_terms'"):
         component.build("task", section | {"difficulty": "terms"}).problem(0, 0)

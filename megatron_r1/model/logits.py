@@ -41,7 +41,7 @@ class LogitsObserver:
     def _hook(self, module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
         if self.temperature != 1.0:
-            # As the engine: a quotient rounded to bfloat16 is 0.02 nats off. In place, for the copy is the largest tensor.
+            # As the engine does: a quotient rounded to bfloat16 is 0.02 nats off. In place: there is no larger tensor.
             logits = logits.to(torch.float32, copy=True).div_(self.temperature)
         if self._entropies is not None:
             self._calls += 1

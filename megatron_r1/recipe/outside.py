@@ -22,7 +22,8 @@ def outside_files(config: BaseModel, resolved: Tree, commands: Sequence[Sequence
     """The files and folders that a stage and its services name and that lie outside the recipe's output.
 
     A field that is a path, and a text that ends as a data file does, has to exist when the stage runs. Any other text
-    is one if it exists now: a file of Python in `type = "my_lab/rewards.py:Brevity"`, a folder in `source = "./data"`.
+    is one if it exists now: a file of Python in `type = "my_lab/rewards.py:Brevity"`, a folder in `source = "./data"`,
+    the folder of a judge's model in the command of a service.
 
     Args:
         config: the stage's run file.
@@ -35,6 +36,7 @@ def outside_files(config: BaseModel, resolved: Tree, commands: Sequence[Sequence
     found += [text for text in texts(resolved) if text.endswith((*LINES, PARQUET)) and not text.startswith(MARK)]
     found += [file for text in texts([resolved, list(commands)]) if (file := _as_file(text))]
     found += [text for text in _folder_texts(resolved) if _may_be_path(text) and place(text).is_dir()]
+    found += [text for text in texts(list(commands)) if _may_be_path(text) and (place(text) / "config.json").is_file()]
     absolute = {text: place(text).absolute() for text in found}
     inside = (output, package)
     return sorted(text for text, path in absolute.items() if not any(path.is_relative_to(folder) for folder in inside))

@@ -7,6 +7,7 @@
       +- held out: measured before and after   report       HF export at the end
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,13 @@ class Data:
     training: list[Item]
     heldout: list[Item]
     counts: dict[str, int]
+
+    def digest(self) -> int:
+        """Of what is trained on, by content: a run that goes on has to meet the same."""
+        found = hashlib.blake2b(digest_size=8)
+        for item in self.training:
+            found.update(repr((item.label, [(text.tokens, text.judged) for text in item.texts])).encode())
+        return int.from_bytes(found.digest(), "big") >> 1
 
 
 def usable(training: Sequence[Item | None], heldout: Sequence[Item | None], max_length: int) -> Data:
@@ -92,7 +100,7 @@ class PreferenceLoop:
         """
         config, policy = self.config, self.policy
         steps, per_epoch = updates(config, self.data), math.ceil(len(self.data.training) / config.batch)
-        identity = {"seed": config.seed, "batch": config.batch, "items": len(self.data.training)}
+        identity = {"seed": config.seed, "batch": config.batch, "data": self.data.digest()}
         checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
         start = checkpoints.latest() or 0
         base = checkpoints.load(start, policy.trainable, {}) if start else {}

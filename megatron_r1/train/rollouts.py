@@ -88,7 +88,7 @@ class Rollouts:
     def _figures(self, dropped: dict[str, list[Group]], effort: float) -> Figures:
         if not self._config.dynamic_sampling:
             return {}
-        return {"dropped_groups": float(sum(map(len, dropped.values()))), "sampled_share": effort}
+        return {"dropped_groups": float(sum(map(len, dropped.values()))), "sampled_per_kept": effort}
 
 
 def _name(source: str) -> str:

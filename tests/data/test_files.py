@@ -48,3 +48,14 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
         interrupted()
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for _ in range(2):
+        with aside(path) as partial, partial.open("a") as out:
+            out.write("whole")
+            out.flush()
+            (tmp_path / "killed").write_bytes(partial.read_bytes())
+        (tmp_path / "killed").rename(partial)
+    assert path.read_text() == "whole"

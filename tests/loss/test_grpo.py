@@ -171,7 +171,8 @@ def test_a_ratio_of_whole_outputs_that_overflows_leaves_the_gradient_finite() ->
     loss = build(ratio="sequence", kl_coef=0.0)
     tokens = {"new": [-1.0] * 40, "old": [-4.0] * 40, "ref": [-1.0] * 40}
     kept = {"new": [-1.0], "old": [-1.0], "ref": [-1.0], "advantage": -1.0}
-    new, data = inputs(loss, [tokens | {"advantage": 1.0}, tokens | {"advantage": -1.0}, kept])  # type: ignore[list-item]
+    samples: list[dict] = [tokens | {"advantage": 1.0}, tokens | {"advantage": -1.0}, kept]  # type: ignore[type-arg]
+    new, data = inputs(loss, samples)
     value, metrics = loss(new, data)
     value.backward()
     assert new.grad is not None

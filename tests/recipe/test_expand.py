@@ -94,13 +94,16 @@ def test_files_from_outside(recipe: Recipe, plan: Callable[..., Plan]) -> None:
     (recipe.folder / "reward.py").write_text("")
     (recipe.folder / "r1_zero").mkdir()
     (recipe.folder / "rows").mkdir()
-    recipe.tree["services"] = {"judge": {"command": ["python", "reward.py", "@first/kept.jsonl"], "ready": "http://x"}}
+    (recipe.folder / "models/judge").mkdir(parents=True)
+    (recipe.folder / "models/judge/config.json").write_text("{}")
+    command = ["python", "reward.py", "@first/kept.jsonl", "models/judge", ".", "r1_zero"]
+    recipe.tree["services"] = {"judge": {"command": command, "ready": "http://x"}}
     second = recipe.tree["stages"]["second"]
     second["services"] = ["judge"]
     second["data"] = {"source": "./rows"}
     recipe.tree["stages"]["third"]["data"] = {"source": "nowhere/x.jsonl", "columns": {"text": "rows"}}
     made = plan()
-    assert made.stage("second").files == ["./rows", "exam.jsonl", "reward.py"]
+    assert made.stage("second").files == ["./rows", "exam.jsonl", "models/judge", "reward.py"]
     assert made.stage("second").needs == ["first"]
     assert made.stage("third").files == ["exam.jsonl", "nowhere/x.jsonl"]
 

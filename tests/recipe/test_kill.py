@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -30,10 +31,12 @@ def slow(recipe: Recipe) -> Recipe:
 
 def verb(process: "subprocess.Popen[bytes]") -> psutil.Process | None:
     """The process of the stage `corpus`, once it is at work."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    lines = {member: member.cmdline() for member in family if member.status() != psutil.STATUS_ZOMBIE}
-    found = [member for member, line in lines.items() if "generate" in line and "megatron_r1.recipe.keeper" not in line]
-    return found[0] if found and found[0].memory_info().rss > 40 * 2**20 else None
+    for member in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # those of an earlier stage may be just ending
+            line = member.cmdline()
+            if "generate" in line and "megatron_r1.recipe.keeper" not in line:
+                return member if member.memory_info().rss > 40 * 2**20 else None
+    return None
 
 
 def test_kill_9_in_a_stage(slow: Recipe, kill: Kill) -> None:

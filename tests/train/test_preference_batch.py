@@ -17,6 +17,7 @@ from megatron_r1.train.batch import Share
 from megatron_r1.train.dpo import with_reference
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.preference_batch import Item, Text, batch, batches
+from megatron_r1.train.preference_loop import Data
 from megatron_r1.train.scorer import Scorer
 from tests.train.conftest import OPTIM
 from tests.train.preference_runs import model_folder
@@ -131,3 +132,11 @@ def test_reference_is_the_policys_own_logprobs(make_policy: Callable[..., Policy
     figures = policy.evaluate(batch(found, loss, share(130)), loss)
     assert figures["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert figures["accuracy"] == pytest.approx(0.5)
+
+
+def test_other_preferences_are_another_run() -> None:
+    def data(last: int, label: float | None = None) -> Data:
+        return Data([Item((Text([1, 2, last], [2, last, 0], 2),), "safe", label)], [], {})
+
+    assert data(3).digest() == data(3).digest()
+    assert len({data(3).digest(), data(4).digest(), data(3, 1.0).digest()}) == 3

@@ -71,7 +71,7 @@ def test_uniform_groups_are_replaced_by_other_questions() -> None:
     rollout = sample(Rollouts(config(dynamic_sampling={}), frozenset()), answering, 0)
     assert numbers(rollout.groups) == [0, 2, 3, 4, 5, 7, 8, 10]
     assert numbers(rollout.sampled) == list(range(11))
-    assert rollout.figures == {"dropped_groups": 3.0, "sampled_share": 11 / 8}
+    assert rollout.figures == {"dropped_groups": 3.0, "sampled_per_kept": 11 / 8}
     assert [len(asked) for asked, _ in answering.rounds] == [8, 2, 1]
     assert len({seed for _, seed in answering.rounds}) == 3
 

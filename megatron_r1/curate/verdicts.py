@@ -54,9 +54,7 @@ class Verdicts(Generic[V]):
         try:
             self._known: dict[str, dict[str, Any]] = {row["key"]: row["verdict"] for row in rows}
         except (LookupError, TypeError) as error:
-            raise DataError(
-                f"{path} holds lines that are no verdicts; move it away to ask anew"
-            ) from error
+            raise DataError(f"{path} holds lines that are no verdicts; move it away to ask anew") from error
         replace_text(path, "".join(map(_line, rows)))  # without the line that a kill cut short
         self._file = path.open("a", encoding="utf-8", errors="replace")
         self._prepared = False

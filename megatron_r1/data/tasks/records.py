@@ -15,8 +15,8 @@ _LANGUAGE_CODE = re.compile("[a-z]{2}")
 class RecordsTask(FiniteTask):
     """A data set as a task. A subclass names the fields it reads, and makes a problem of a row.
 
-    Every problem carries in its metadata `place`, where its row stands, and `language`, if a column of that name holds
-    an ISO 639-1 code, and `difficulty`, by which a run reports its pass rates, from a column of that name or the one that
+    Every problem carries in its metadata `place`, where its row stands; `language`, if a column of that name holds an
+    ISO 639-1 code; and `difficulty`, by which a run reports its pass rates, from a column of that name or the one that
     `columns` maps it to: `columns = { difficulty = "level" }`.
     """
 

@@ -117,7 +117,7 @@ class Peak(threading.Thread):
             memory = 0
             for process in below:
                 with contextlib.suppress(psutil.Error):
-                    memory += process.memory_info().rss >> 20
+                    memory += process.memory_full_info().pss >> 20  # pages shared since a fork count once
             self.processes, self.memory_mib = max(self.processes, len(below)), max(self.memory_mib, memory)
 
 

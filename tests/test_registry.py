@@ -70,7 +70,7 @@ def test_unknown_option_names_the_nearest(own_module: str) -> None:
 
 def test_unknown_name_names_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match=r"no reward is called 'acuracy', did you mean 'accuracy'\?.*code_format, cosine, equations, format"
+        ConfigError, match=r"no reward is called 'acuracy', did you mean 'accuracy'\?.*cosine, equations, format"
     ):
         resolve("reward", "acuracy")
 

@@ -123,10 +123,11 @@ def kill() -> Iterator[Callable[["subprocess.Popen[bytes]"], list[psutil.Process
     assert not left
 
 
-def until(happened: Callable[[], Any], process: "subprocess.Popen[bytes]", seconds: float = 90) -> None:
-    """Wait for something while a run is at work."""
+def until(happened: Callable[[], Any], process: "subprocess.Popen[bytes]", seconds: float = 90) -> Any:
+    """Wait for something while a run is at work; returns what it is."""
     deadline = time.monotonic() + seconds
-    while not happened():
+    while not (seen := happened()):
         assert process.poll() is None, f"ended too early with {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return seen

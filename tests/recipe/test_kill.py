@@ -66,11 +66,9 @@ def test_kill_9_in_a_stage(slow: Recipe, kill: Kill) -> None:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_handed_on_and_waited_for(slow: Recipe, sent: signal.Signals, code: int) -> None:
     process = slow.start()
-    until(lambda: verb(process), process)
-    child = verb(process)
+    child = until(lambda: verb(process), process)
     os.killpg(process.pid, sent)
     assert process.wait(60) == code
-    assert child is not None
     assert not child.is_running()
     console = slow.console()
     assert "megatron-r1 data generate: interrupted" in console
@@ -81,8 +79,10 @@ def test_a_signal_is_handed_on_and_waited_for(slow: Recipe, sent: signal.Signals
 
 def test_one_run_at_a_time(slow: Recipe, kill: Kill) -> None:
     process = slow.start()
-    until(lambda: verb(process), process)
+    child = until(lambda: verb(process), process)
+    child.suspend()  # the second run needs longer to start than this stage would to end
     refused = slow.run(code=2).stderr
+    child.resume()
     assert f"another run of a recipe (process {process.pid}) is at work in {slow.output}" in refused
     kill(process)
 

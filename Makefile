@@ -59,7 +59,7 @@ $(INSTALLED): requirements/cpu.lock requirements/install.sh requirements/bubblew
 	        || { cat $(VENV)/import.log; exit 1; }; } \
 	    && echo $$SECONDS >$(VENV)/install_seconds && touch $@ && echo "installed in $$SECONDS s"
 
-$(INSTALLED_DEV): requirements/dev.lock requirements/chromium.sh $(INSTALLED)
-	requirements/install.sh $(VENV) requirements/dev.lock
+$(INSTALLED_DEV): requirements/dev.lock requirements/modelopt.lock requirements/chromium.sh $(INSTALLED)
+	requirements/install.sh $(VENV) requirements/dev.lock requirements/modelopt.lock
 	requirements/chromium.sh
 	touch $@

@@ -1,4 +1,5 @@
-"""`megatron-r1 <verb> run.toml [--section.key=value ...] [--dry-run] [--json]`, `run recipe.toml`, `status DIR`.
+"""`megatron-r1 <verb> run.toml [--section.key=value ...] [--dry-run] [--json]`, `run recipe.toml`, `status DIR`, and
+commands on checkpoints: `import SOURCE OUTPUT`, `verify A B`, ...
 
 Each verb names its config class and the function that runs it; both are imported only when the verb is
 used, so `--help` stays instant.
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -116,6 +118,43 @@ VERBS = {
     ),
 }
 
+CHECKPOINT_VERBS = {
+    "import": Verb(
+        "Hugging Face folder or GGUF file to a Megatron checkpoint",
+        "megatron_r1.config.convert:ImportConfig",
+        "megatron_r1.convert.verbs:run_import",
+    ),
+    "export": Verb(
+        "Megatron checkpoint to a Hugging Face folder",
+        "megatron_r1.config.convert:ExportConfig",
+        "megatron_r1.convert.verbs:run_export",
+    ),
+    "cast": Verb(
+        "Hugging Face folder to another dtype; to and from FP8 in blocks",
+        "megatron_r1.config.convert:CastConfig",
+        "megatron_r1.convert.verbs:run_cast",
+    ),
+    "quantize": Verb(
+        "Hugging Face folder to nvidia-modelopt's quantised format: FP8, NVFP4, INT4",
+        "megatron_r1.config.modelopt:QuantizeConfig",
+        "megatron_r1.convert.modelopt:run_quantize",
+    ),
+    "inspect": Verb(
+        "what a checkpoint is: family, parameters, dtypes, files, problems",
+        "megatron_r1.config.inspect:InspectConfig",
+        "megatron_r1.convert.inspect:run",
+    ),
+    "verify": Verb(
+        "compare two checkpoints by the content of each tensor, and by their logits",
+        "megatron_r1.config.inspect:VerifyConfig",
+        "megatron_r1.convert.verify:run",
+    ),
+}
+"""Commands that take paths and options, or a run file. Their result may say under "passed" whether all was well."""
+
+NO_STAGES = {"sandbox serve", "inspect"}
+"""Verbs without a result that a recipe could keep."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
@@ -123,8 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 the run failed, 2 bad input, 74 the disk is full, 130/143 interrupted.
     """
-    parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments)
     options, overrides = parser.parse_known_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _terminate)
@@ -157,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
     from megatron_r1.config.load import dump, load
 
-    verb = VERBS[options.verb]
+    verb = (VERBS | CHECKPOINT_VERBS)[options.verb]
     config = load(options.config, overrides, _import(verb.config))
     if options.dry_run:
         print(dump(config), end="")
@@ -172,7 +211,26 @@ def _run(options: argparse.Namespace, overrides: list[str], arguments: list[str]
             (config.output / "config.toml").write_text(dump(config))
         if options.json:
             print(json.dumps(summary))
-    return 0
+    return _code(summary)
+
+
+def _checkpoint(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """A command of `CHECKPOINT_VERBS`."""
+    from megatron_r1.options import read
+
+    verb = CHECKPOINT_VERBS[options.verb]
+    if overrides:
+        raise ConfigError(f"{options.verb} takes no {overrides[0]!r}; `megatron-r1 {options.verb} --help` lists all")
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        result: dict[str, Any] = _import(verb.run)(read(options, _import(verb.config)))
+    if options.json:
+        print(json.dumps(result))
+    return _code(result)
+
+
+def _code(result: dict[str, Any]) -> int:
+    """1 where a comparison failed."""
+    return 0 if result.get("passed", True) else 1
 
 
 def _recipe(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -181,7 +239,7 @@ def _recipe(options: argparse.Namespace, overrides: list[str], arguments: list[s
     from megatron_r1.recipe.run import Choice, run
     from megatron_r1.recipe.show import dry_run
 
-    verbs = {name: verb for name, verb in VERBS.items() if name != "sandbox serve"}
+    verbs = {name: verb for name, verb in (VERBS | CHECKPOINT_VERBS).items() if name not in NO_STAGES}
     plan = read_recipe(options.config, overrides, verbs)
     if options.dry_run or options.stage:
         dry_run(plan, options.json, options.stage)
@@ -212,7 +270,7 @@ def _disk_full(error: BaseException) -> bool:
     return full or os.strerror(errno.ENOSPC) in str(error) or (cause is not None and _disk_full(cause))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-r1",
         description="Take a base model, teach it to reason by reinforcement learning, ship the result.",
@@ -228,12 +286,28 @@ def _parser() -> argparse.ArgumentParser:
             shared = groups[""].add_parser(family, help=actions, allow_abbrev=False)
             groups[family] = shared.add_subparsers(metavar="ACTION", required=True)
         command = groups[family].add_parser(action, help=verb.help, description=verb.help, allow_abbrev=False)
-        command.add_argument("config", type=Path, metavar="run.toml")
-        command.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-        command.add_argument("--json", action="store_true", help="print the run's figures as JSON at the end")
-        command.set_defaults(verb=name, act=_run)
+        _add_run_file(command, name)
     _add_recipe(groups[""])
+    for name, verb in CHECKPOINT_VERBS.items():
+        command = groups[""].add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False)
+        if arguments[:1] != [name]:
+            continue
+        if arguments[1:2] and arguments[1].endswith(".toml"):
+            _add_run_file(command, name)
+            continue
+        from megatron_r1.options import add
+
+        add(command, _import(verb.config))
+        command.add_argument("--json", action="store_true", help="print the result as JSON at the end")
+        command.set_defaults(verb=name, act=_checkpoint)
     return parser
+
+
+def _add_run_file(command: argparse.ArgumentParser, verb: str) -> None:
+    command.add_argument("config", type=Path, metavar="run.toml")
+    command.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    command.add_argument("--json", action="store_true", help="print the run's figures as JSON at the end")
+    command.set_defaults(verb=verb, act=_run)
 
 
 def _add_recipe(commands: Any) -> None:

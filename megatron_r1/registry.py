@@ -56,10 +56,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "ppo": "megatron_r1.loss.ppo:Ppo",
     },
     "family": {
+        "DeepseekV2ForCausalLM": "megatron_r1.model.families.deepseek_v2:DeepseekV2",
         "DeepseekV3ForCausalLM": "megatron_r1.model.families.deepseek_v3:DeepseekV3",
         "LlamaForCausalLM": "megatron_r1.model.families.llama:Llama",
+        "MixtralForCausalLM": "megatron_r1.model.families.mixtral:Mixtral",
         "Qwen2ForCausalLM": "megatron_r1.model.families.qwen2:Qwen2",
         "Qwen3ForCausalLM": "megatron_r1.model.families.qwen3:Qwen3",
+        "Qwen3MoeForCausalLM": "megatron_r1.model.families.qwen3_moe:Qwen3Moe",
     },
 }
 

@@ -23,7 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="FILE.py:NAME",
-        help="run tests/contracts on this task or reward instead of the built-in ones; may be repeated",
+        help="run tests/contracts on this task, reward or model family instead of the built-in ones; may be repeated",
+    )
+    parser.addoption(
+        "--model",
+        metavar="FOLDER",
+        help="a tiny Hugging Face model that transformers has saved, of the model family that --component names",
     )
 
 

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "megatron_r1"
 TESTS = ROOT / "tests"
 
 LAYERS = (
-    {"cli", "launch"},
+    {"cli", "launch", "options"},
     {"recipe"},
-    {"train", "evaluate", "curate", "plan"},
+    {"train", "evaluate", "curate", "convert", "plan"},
     {"optim", "weight_sync", "checkpoint"},
     {"model", "rollout"},
     {"data", "reward", "advantage", "loss", "report"},

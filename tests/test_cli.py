@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1 import __version__
-from megatron_r1.cli import VERBS, _disk_full
+from megatron_r1.cli import CHECKPOINT_VERBS, VERBS, _disk_full, _import, _parser
+from megatron_r1.options import read
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
@@ -164,3 +165,43 @@ def test_a_full_disk_is_known_by_its_error(error: Exception, full: bool) -> None
     wrapped = RuntimeError("could not save")
     wrapped.__cause__ = error
     assert _disk_full(wrapped) is full
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_VERBS)
+def test_commands_on_checkpoints_describe_every_option(name: str) -> None:
+    done = megatron_r1(name, "--help")
+    assert done.returncode == 0
+    assert CHECKPOINT_VERBS[name].help in " ".join(done.stdout.split())
+    options = done.stdout.partition("options:")[2]
+    bare = [line for line in options.splitlines() if line.startswith("  --") and len(line.split()) < 3]
+    following = [options.split(line, 1)[1].lstrip("\n").split("\n")[0] for line in bare]
+    assert [line for line in following if not line.startswith(" " * 10)] == []
+
+
+def test_options_become_the_config() -> None:
+    schema = _import(CHECKPOINT_VERBS["export"].config)
+    arguments = ["export", "a", "b", "--dtype", "fp8", "--no-mtp", "--workers=3"]
+    options = _parser(arguments).parse_args(arguments)
+    config = read(options, schema)
+    assert (config.source, config.output, config.dtype) == (Path("a"), Path("b"), "fp8")
+    assert (config.mtp, config.workers, config.dry_run) == (False, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--dtype=int4"], "dtype"),
+        (["--workers=many"], "workers"),
+        (["--wrokers=1"], "takes no '--wrokers=1'"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_checkpoint_verbs(tmp_path: Path, arguments: list[str], part: str) -> None:
+    assert_refused(megatron_r1("export", tmp_path, tmp_path / "out", *arguments), "megatron-r1 export", part)
+
+
+def test_a_run_file_stands_for_the_options(tmp_path: Path) -> None:
+    (tmp_path / "export.toml").write_text('source = "a"\noutput = "b"\ndtype = "fp8"\n')
+    done = megatron_r1("export", tmp_path / "export.toml", "--workers=3", "--dry-run")
+    assert done.returncode == 0
+    assert tomllib.loads(done.stdout) | {"dtype": "fp8", "workers": 3} == tomllib.loads(done.stdout)

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_r1.compat.checkpoint_pickles import refuse_foreign_pickles
 from megatron_r1.compat.megatron_checkpoint import keep_results_in_process
 from megatron_r1.config.sections import CheckpointSection
 from megatron_r1.errors import ConfigError, DataError
@@ -25,6 +26,7 @@ from megatron_r1.model.mapping import frozen
 from megatron_r1.model.trainable import Trainable
 
 keep_results_in_process()
+refuse_foreign_pickles()
 
 _NAME = re.compile(r"step_(\d{8})")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

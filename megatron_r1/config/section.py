@@ -12,5 +12,10 @@ class Section(BaseModel):
     """One table of a run file: frozen, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        arbitrary_types_allowed=False,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # the string under a field describes it: `--help` of the checkpoint verbs
     )

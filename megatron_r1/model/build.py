@@ -1,6 +1,7 @@
 """A Hugging Face folder -> Megatron's GPTModel with its weight map."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,15 +16,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import ConfigError, DataError, nearest
 from megatron_r1.model import lora
-from megatron_r1.model.family import Family, HFConfig
-from megatron_r1.model.hf_folder import TensorReader, read_config
+from megatron_r1.model.family import Family, HFConfig, Rule
+from megatron_r1.model.hf_folder import TensorReader, Weights, read_config
 from megatron_r1.model.layers import with_replacements
 from megatron_r1.model.mapping import WeightMap
 from megatron_r1.model.parallel import device
 from megatron_r1.model.rotary import rotary_arguments
 from megatron_r1.model.scalar_head import (
     ScalarModel,
-    TrunkReader,
+    TrunkWeights,
     as_classifier,
     causal_architecture,
     is_classifier,
@@ -42,7 +43,10 @@ class BuiltModel:
 
 
 def build_model(
-    section: ModelSection, max_sequence_length: int, head: Literal["vocabulary", "scalar"] | None = None
+    section: ModelSection,
+    max_sequence_length: int,
+    head: Literal["vocabulary", "scalar"] | None = None,
+    weights: Weights | None = None,
 ) -> BuiltModel:
     """Build the model that `<path>/config.json` describes, with its weights or at random.
 
@@ -51,6 +55,7 @@ def build_model(
         max_sequence_length: longest sequence that will be fed.
         head: what the model gives at each position, None = what the folder's architecture says. "scalar" makes of a
             causal model a `ScalarModel` with its trunk, without its MTP layers, and with a new head.
+        weights: where they are read; None = from the folder, which is Hugging Face's.
 
     Raises:
         DataError: unreadable folder, unsupported architecture or value, tensors that do not match.
@@ -71,8 +76,44 @@ def build_model(
             "config.json has an MTP layer, which mtp_loss_coef = 0 with load_weights = false would neither train nor "
             "export: set mtp_loss_coef > 0, or num_nextn_predict_layers to 0 in config.json"
         )
-    config = family.transformer_config(hf, section)
-    module = (ScalarModel if scalar else GPTModel)(
+    module = _module(hf, family.transformer_config(hf, section), max_sequence_length).to(device())
+    weight_map = WeightMap(iter(rules(hf)))
+    if section.load_weights:
+        reader: Weights = weights or TensorReader(section.path)
+        if scalar and not is_classifier(source):
+            reader = TrunkWeights(reader, family.rules(source), weight_map.rules, module.output_layer.weight)
+        weight_map.load(module, reader)
+    if section.lora:
+        lora.attach(module, section.lora)
+    return BuiltModel(module, hf, weight_map)
+
+
+def build_skeleton(hf: HFConfig) -> GPTModel:
+    """The whole model that a `config.json` describes, its MTP layers included, on torch's meta device: no weights.
+
+    Raises:
+        DataError: unsupported architecture or value.
+    """
+    section = ModelSection(path=Path(), load_weights=False, dtype="bfloat16", mtp_loss_coef=1.0)
+    config = _family(hf).transformer_config(hf, section)
+    config.perform_initialization, config.use_cpu_initialization = False, True
+    with torch.device("meta"):
+        return _module(hf, config, hf.get("max_position_embeddings", 1))
+
+
+def rules(hf: HFConfig) -> list[Rule]:
+    """The table of names of the model that a `config.json` describes, its MTP layers' included.
+
+    Raises:
+        DataError: unsupported architecture.
+    """
+    table = _family(hf).rules(hf)
+    return list(scalar_rules(table) if is_classifier(hf) else table)
+
+
+def _module(hf: HFConfig, config: TransformerConfig, max_sequence_length: int) -> GPTModel:
+    """On torch's current default device."""
+    return (ScalarModel if is_classifier(hf) else GPTModel)(
         config=config,
         transformer_layer_spec=_decoder_spec(config),
         mtp_block_spec=_mtp_spec(config),
@@ -80,16 +121,7 @@ def build_model(
         max_sequence_length=max_sequence_length,
         share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
         **({"position_embedding_type": "none"} if config.multi_latent_attention else rotary_arguments(hf)),
-    ).to(device())
-    weight_map = WeightMap(scalar_rules(family.rules(hf)) if scalar else family.rules(hf))
-    if section.load_weights:
-        reader = TensorReader(section.path)
-        if scalar and not is_classifier(source):
-            reader = TrunkReader(section.path, family.rules(source), weight_map.rules, module.output_layer.weight)
-        weight_map.load(module, reader)
-    if section.lora:
-        lora.attach(module, section.lora)
-    return BuiltModel(module, hf, weight_map)
+    )
 
 
 def _family(hf: HFConfig) -> type[Family]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from megatron.core.transformer.enums import AttnBackend
@@ -59,6 +59,7 @@ class Rule:
         return [part.flatten(0, 2) for part in blocks.split(shares, dim=1)]
 
 
+@runtime_checkable
 class Family(Protocol):
     """One file in `families/` implements this for one or more Hugging Face architectures."""
 
@@ -124,7 +125,17 @@ def refuse_other(hf: HFConfig, **only: Any) -> None:
             require(hf, key, value)
 
 
-def gated_mlp(ours: str, theirs: str) -> Iterator[Rule]:
-    """down(silu(gate(x)) * up(x)): Megatron keeps gate and up in one matrix."""
-    yield Rule(f"{ours}.linear_fc1.weight", (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"))
-    yield Rule(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",))
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+
+
+def gated_mlp(ours: str, theirs: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> Iterator[Rule]:
+    """down(silu(gate(x)) * up(x)): Megatron keeps gate and up in one matrix.
+
+    Args:
+        ours: prefix of the Megatron module.
+        theirs: prefix of the Hugging Face module.
+        names: what Hugging Face calls gate, up and down.
+    """
+    gate, up, down = (f"{theirs}.{name}.weight" for name in names)
+    yield Rule(f"{ours}.linear_fc1.weight", (gate, up))
+    yield Rule(f"{ours}.linear_fc2.weight", (down,))

@@ -1,4 +1,4 @@
-"""The two modules that replace Megatron's local norm and attention, and the spec surgery that puts them in.
+"""The modules that replace Megatron's local norm and attention, and the spec surgery that puts them in.
 
 megatron-core 0.16.1's local layer spec cannot build multi-latent attention (`DotProductAttention` knows
 neither `k_channels` nor packed sequences nor context parallelism) and its `WrappedTorchNorm` refuses
@@ -15,23 +15,58 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 
-class Norm(torch.nn.Module):
-    """RMSNorm or LayerNorm, marked for sequence parallelism so that its gradient is summed over the TP group."""
+class FusedNorm(torch.nn.Module):
+    """RMSNorm or LayerNorm, marked for sequence parallelism so that its gradient is summed over the TP group.
+
+    Stands where Transformer Engine has one module of a norm and the linear layer behind it.
+    """
+
+    kinds: dict[str, type[torch.nn.Module]] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm = cls.kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         if not config.use_cpu_initialization:
             norm = norm.to(torch.cuda.current_device())
         for param in norm.parameters():
             vars(param)["sequence_parallel"] = config.sequence_parallel
         return norm
+
+
+class _EmptyState(torch.nn.Module):
+    """Saves an empty state, as Megatron's linear layers do, because Transformer Engine's norms look for one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._register_load_state_dict_pre_hook(lambda state, prefix, *_: state.setdefault(f"{prefix}_extra_state"))
+
+    def get_extra_state(self) -> None:
+        """Nothing."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Ignored: the scales of 8-bit kernels, which plain torch does not have."""
+
+
+class _RmsNorm(_EmptyState, torch.nn.RMSNorm):
+    pass
+
+
+class _LayerNorm(_EmptyState, torch.nn.LayerNorm):
+    pass
+
+
+class Norm(FusedNorm):
+    """The same where Transformer Engine has a norm by itself."""
+
+    kinds = {"RMSNorm": _RmsNorm, "LayerNorm": _LayerNorm}
 
 
 class SdpaAttention(MegatronModule):
@@ -110,7 +145,11 @@ REPLACEMENTS: dict[type, type] = {WrappedTorchNorm: Norm, DotProductAttention: S
 
 
 def with_replacements(spec: Any) -> Any:
-    """A copy of a (nested) layer spec with every class in `REPLACEMENTS` exchanged."""
+    """A copy of a (nested) layer spec with every class in `REPLACEMENTS` exchanged.
+
+    Its tensors are saved under the names that they have under Transformer Engine's spec, so that what was saved on a
+    CPU is read on a GPU.
+    """
     if isinstance(spec, type):
         return REPLACEMENTS.get(spec, spec)
     if isinstance(spec, ModuleSpec):
@@ -121,5 +160,32 @@ def with_replacements(spec: Any) -> Any:
         return type(spec)(with_replacements(item) for item in spec)
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         changed = {f.name: with_replacements(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
-        return dataclasses.replace(spec, **changed)
+        replaced = dataclasses.replace(spec, **changed)
+        return _named_as_fused(replaced) if isinstance(replaced, TransformerLayerSubmodules) else replaced
     return spec
+
+
+def _named_as_fused(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Name the norms that Transformer Engine's spec (gpt_layer_specs.py:181) fuses into a linear layer after that.
+
+    Upstream's local spec has no such names for multi-latent attention, and gives a mixture of experts, whose norm is
+    not fused, that of a dense MLP.
+    """
+    attention, names, fused = layer.self_attention, {}, {}
+    if attention.module is MLASelfAttention:
+        parts = attention.submodules
+        norms = {name: _fused(getattr(parts, name)) for name in ("q_layernorm", "kv_layernorm")}
+        fused["self_attention"] = dataclasses.replace(attention, submodules=dataclasses.replace(parts, **norms))
+        names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
+    else:
+        fused["input_layernorm"] = _fused(layer.input_layernorm)
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if layer.mlp.module is MLP:
+        fused["pre_mlp_layernorm"] = _fused(layer.pre_mlp_layernorm)
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return dataclasses.replace(layer, sharded_state_dict_keys_map=names, **fused)
+
+
+def _fused(module: Any) -> Any:
+    return FusedNorm if module is Norm else module

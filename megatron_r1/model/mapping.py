@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_r1.errors import DataError
 from megatron_r1.model.family import Rule
-from megatron_r1.model.hf_folder import TensorReader
+from megatron_r1.model.hf_folder import Weights
 from megatron_r1.model.lora import adapters, without_adapters
 
 
@@ -23,7 +23,7 @@ class WeightMap:
         self.passthrough: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def load(self, model: GPTModel, reader: TensorReader) -> None:
+    def load(self, model: GPTModel, reader: Weights) -> None:
         """Fill `model` from a Hugging Face checkpoint.
 
         Raises:

@@ -5,7 +5,6 @@ The trunk is that of a causal model. On disk it is transformers' `<X>ForSequence
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.errors import DataError
 from megatron_r1.model.family import HFConfig, Rule
-from megatron_r1.model.hf_folder import TensorReader
+from megatron_r1.model.hf_folder import Weights
 
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 SCORE = "score.weight"
@@ -101,31 +100,28 @@ def scalar_rules(rules: Iterable[Rule]) -> Iterator[Rule]:
     yield Rule(_HEAD, (SCORE,))
 
 
-class TrunkReader(TensorReader):
-    """A causal model's folder, read as that of a scalar model: its own heads left out, a new one added.
+class TrunkWeights:
+    """A causal model's weights, read as those of a scalar model: its own heads left out, a new one added.
 
     Args:
-        folder: the causal model's.
+        weights: the causal model's.
         causal: its family's rules.
         scalar: the scalar model's rules.
         head: value of `score.weight`. [1, hidden]
     """
 
-    def __init__(self, folder: Path, causal: Iterable[Rule], scalar: Iterable[Rule], head: torch.Tensor) -> None:
-        super().__init__(folder)
-        for name in _names(causal) - _names(scalar):
-            self._where.pop(name, None)
-        self._head = head
+    def __init__(self, weights: Weights, causal: Iterable[Rule], scalar: Iterable[Rule], head: torch.Tensor) -> None:
+        self._weights, self._left_out, self._head = weights, _names(causal) - _names(scalar), head
 
     def __iter__(self) -> Iterator[str]:
-        yield from super().__iter__()
+        yield from (name for name in self._weights if name not in self._left_out)
         yield SCORE
 
-    def __contains__(self, name: str) -> bool:
-        return name == SCORE or super().__contains__(name)
+    def __contains__(self, name: object) -> bool:
+        return name == SCORE or (name not in self._left_out and name in self._weights)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._head if name == SCORE else super().__getitem__(name)
+        return self._head if name == SCORE else self._weights[name]
 
 
 def _names(rules: Iterable[Rule]) -> set[str]:

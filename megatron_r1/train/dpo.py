@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_r1.checkpoint.source import weights
 from megatron_r1.config.dpo import DPOConfig
 from megatron_r1.data.preferences import Pair, hold_out, read_pairs
 from megatron_r1.data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ def run(config: DPOConfig) -> dict[str, Any]:
     initialize(config.parallel, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
     data = read(config, tokenizer)
-    model = build_model(config.model, config.max_length, head="vocabulary")
+    model = build_model(config.model, config.max_length, "vocabulary", weights(config.model.path))
     check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
     policy = Policy(model, config.optim, updates(config, data))
     loss = Dpo(config.beta, config.length_normalised, config.label_smoothing)

@@ -2,16 +2,19 @@
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_r1.advantage.base import Advantage
+from megatron_r1.checkpoint.source import megatron_checkpoint
 from megatron_r1.checkpoint.store import WeightSets
 from megatron_r1.config import component
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import heldout, texts
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
 from megatron_r1.loss.base import Loss
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model, check_tokenizer
@@ -48,6 +51,7 @@ class Learner:
     @classmethod
     def build(cls, config: RLConfig) -> "Learner":
         """Everything that needs no engine, so that bad input is reported before one starts."""
+        _check_servable(config.model.path)
         tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
         model = build_model(config.model, config.rollout.max_model_len, head="vocabulary")
         check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
@@ -156,3 +160,21 @@ def _with(batch: Sequence[Minibatch], **values: Sequence[Sequence[torch.Tensor]]
 def _inputs(batch: Sequence[Minibatch], field: str) -> list[list[torch.Tensor]]:
     """One field of all `LossInputs`. [minibatches][microbatches]"""
     return [[getattr(micro.inputs, field) for micro in minibatch] for minibatch in batch]
+
+
+def _check_servable(folder: Path) -> None:
+    """Engines and learner start from the same folder.
+
+    Raises:
+        ConfigError: engines cannot load it, or would hold its weights in other numbers than they are sent.
+    """
+    if megatron_checkpoint(folder):
+        raise ConfigError(
+            f"{folder} is a Megatron checkpoint, which the rollout engines cannot load: make a Hugging Face folder of "
+            "it with `megatron-r1 export` and name that one as model.path"
+        )
+    if hf_folder.read_config(folder).get(hf_folder.QUANTIZATION):
+        raise ConfigError(
+            f"{folder} holds quantised weights, the learner sends its own unquantised: make a folder of bfloat16 with "
+            "`megatron-r1 cast` and name that one as model.path"
+        )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_r1.checkpoint.source import weights
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.load import dump
 from megatron_r1.config.runs import PretrainConfig
@@ -33,7 +34,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     initialize(config.parallel, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer)
     length = config.corpus.sequence_length
-    model = build_model(config.model, length)
+    model = build_model(config.model, length, weights=weights(config.model.path))
     check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
     policy, loss = Policy(model, config.optim, config.steps), CrossEntropy()
     feed = _Feed(config, tokenizer, policy)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_r1.checkpoint.source import weights
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.data.preferences import Labelled, Pair, hold_out, read_labels, read_pairs
 from megatron_r1.data.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def run(config: RewardModelConfig) -> dict[str, Any]:
     initialize(config.parallel, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
     data = read(config, tokenizer)
-    model = build_model(config.model, config.max_length, head="scalar")
+    model = build_model(config.model, config.max_length, "scalar", weights(config.model.path))
     check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
     loss: Loss = Pairwise() if config.kind == "pairwise" else Pointwise()
     scorer = Scorer(model, config.optim, updates(config, data))

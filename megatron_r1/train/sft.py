@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_r1.checkpoint.source import weights
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.load import dump
 from megatron_r1.config.sft import ChatsSection, SFTConfig
@@ -37,7 +38,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
     initialize(config.parallel, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
     rows = _Rows.read(config, tokenizer)
-    model = build_model(config.model, config.max_length, "vocabulary")
+    model = build_model(config.model, config.max_length, "vocabulary", weights(config.model.path))
     check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
     steps = rows.epochs.steps
     learner = _Learner(config, rows, Policy(model, config.optim, steps))

@@ -1,4 +1,4 @@
-"""A section for every built-in task and reward, with the keys that have no default."""
+"""A section for every built-in task and reward, with the keys that have no default; a tiny model for every family."""
 
 from pathlib import Path
 from typing import Any
@@ -43,3 +43,15 @@ TASKS: list[dict[str, Any]] = [
     {"type": "reasoning_gym", "dataset": "chain_sum"},
     {"type": "stem", "source": str(DATA / "stem.jsonl")},
 ]
+
+FAMILIES: list[dict[str, Any]] = [
+    {"type": "DeepseekV2ForCausalLM", "model": "deepseek_v2_lite"},
+    {"type": "DeepseekV3ForCausalLM", "model": "deepseek_v3"},
+    {"type": "DeepseekV3ForCausalLM", "model": "moonlight"},
+    {"type": "LlamaForCausalLM", "model": "llama_tied"},
+    {"type": "MixtralForCausalLM", "model": "mixtral"},
+    {"type": "Qwen2ForCausalLM", "model": "qwen2"},
+    {"type": "Qwen3ForCausalLM", "model": "qwen3"},
+    {"type": "Qwen3MoeForCausalLM", "model": "qwen3_moe"},
+]
+"""`model` is one of tests/model/dense_models.py or moe_models.py."""

@@ -8,11 +8,12 @@ import pytest
 from megatron_r1.config import component
 from megatron_r1.data.tasks.base import Task
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.family import Family
 from megatron_r1.registry import resolve
 from megatron_r1.reward.base import Reward
-from tests.contracts.built_in import REWARDS, TASKS
+from tests.contracts.built_in import FAMILIES, REWARDS, TASKS
 
-KINDS = {"reward": (Reward, REWARDS), "task": (Task, TASKS)}
+KINDS = {"reward": (Reward, REWARDS), "task": (Task, TASKS), "family": (Family, FAMILIES)}
 
 
 def section(text: str) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         named = [section(text) for text in metafunc.config.getoption("component")]
         chosen = [part for part in named if issubclass(resolve(kind, part["type"]), base)] if named else built_in
-        metafunc.parametrize(f"{kind}_section", chosen, ids=lambda part: str(part["type"]))
+        ids = [part.get("model", part["type"]) for part in chosen]
+        metafunc.parametrize(f"{kind}_section", chosen, ids=ids, scope="module" if kind == "family" else None)
 
 
 @pytest.fixture

@@ -49,13 +49,21 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str,
 
 
 def write_dense(folder: Path, name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Save the model to a Hugging Face folder; norms and biases are random too, so that none can be mistaken."""
+    """Save the model to a Hugging Face folder."""
     config, model_class, own = MODELS[name]
+    return write_model(folder, model_class, config(**{**SHAPE, **own, **changes}), seed)
+
+
+def write_model(
+    folder: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0
+) -> PreTrainedModel:
+    """Save a model with random weights; norms and biases are random too, so that none can be mistaken."""
     torch.manual_seed(seed)
-    model = model_class(config(**{**SHAPE, **own, **changes})).float()
+    model = model_class(config).float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, tensor in model.state_dict().items():
+            if tensor.dim() == 1:
+                spread = 0.1 if name.endswith("e_score_correction_bias") else 0.3
+                tensor.add_(spread * torch.randn_like(tensor))
     model.save_pretrained(folder)
     return model.eval()

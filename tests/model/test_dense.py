@@ -1,34 +1,22 @@
 """Llama, Qwen2 and Qwen3 against transformers: logits, gradients, tensors; and what config.json may not say."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from megatron_r1.config.sections import ParallelSection
 from megatron_r1.errors import DataError
-from megatron_r1.model.build import BuiltModel, build_model
+from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
+from tests.model.agreement import Pair, gradients_agree, logits, logits_agree, packing_agrees
 from tests.model.conftest import section
 from tests.model.dense_models import MODELS, write_dense
 
 ROWS, LENGTH = 2, 48
-
-
-@dataclass
-class Pair:
-    """The same weights in both implementations."""
-
-    folder: Path
-    ours: BuiltModel
-    theirs: PreTrainedModel
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -44,41 +32,12 @@ def tokens() -> torch.Tensor:
     return torch.randint(120, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
 
 
-def cross_entropy(model: BuiltModel, tokens: torch.Tensor, packing: PackedSeqParams | None = None) -> torch.Tensor:
-    positions = torch.arange(tokens.size(1) - 1).expand(tokens.size(0), -1)
-    loss: torch.Tensor = model.module(tokens[:, :-1], positions, None, labels=tokens[:, 1:], packed_seq_params=packing)
-    return loss
-
-
-def logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(tokens.size(1)).expand(tokens.size(0), -1)
-    with torch.no_grad():
-        output: torch.Tensor = model.module(tokens, positions, None)
-    return output
-
-
 def test_logits_equal_transformers(pair: Pair, tokens: torch.Tensor) -> None:
-    with torch.no_grad():
-        expected = pair.theirs(tokens).logits
-    assert expected.std() > 0.3, "logits too flat to tell models apart"
-    torch.testing.assert_close(logits(pair.ours, tokens), expected, atol=1e-4, rtol=0)
+    logits_agree(pair, tokens)
 
 
 def test_gradients_equal_transformers(pair: Pair, tokens: torch.Tensor) -> None:
-    pair.ours.module.zero_grad()
-    cross_entropy(pair.ours, tokens).mean().backward()
-    pair.theirs.zero_grad()
-    F.cross_entropy(pair.theirs(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    expected = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
-    ours = {name: parameter.grad for name, parameter in pair.ours.module.named_parameters()}
-    found = {
-        name: gradient
-        for rule in pair.ours.map.rules
-        for name, gradient in zip(rule.hf, rule.cut(ours[rule.megatron]), strict=True)
-    }
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+    gradients_agree(pair, tokens)
 
 
 def test_round_trip_is_bitwise(pair: Pair) -> None:
@@ -90,19 +49,7 @@ def test_round_trip_is_bitwise(pair: Pair) -> None:
 
 
 def test_packed_texts_do_not_see_one_another(pair: Pair, tokens: torch.Tensor) -> None:
-    """Texts of 48, 20 and 31 tokens in one row, each as if it were alone."""
-    lengths = [48, 20, 31]
-    texts = [tokens[row % ROWS, : length + 1] for row, length in enumerate(lengths)]
-    ends = torch.tensor([0, 48, 68, 99], dtype=torch.int32)
-    packing = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=48, max_seqlen_kv=48
-    )
-    inputs, labels = (torch.cat([text[cut] for text in texts])[None] for cut in (slice(0, -1), slice(1, None)))
-    positions = torch.arange(99)[None]
-    with torch.no_grad():
-        together = pair.ours.module(inputs, positions, None, labels=labels, packed_seq_params=packing)[0]
-        alone = torch.cat([cross_entropy(pair.ours, text[None])[0] for text in texts])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    packing_agrees(pair.ours, tokens)
 
 
 def change(folder: Path, **values: Any) -> Path:

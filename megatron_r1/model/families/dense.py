@@ -1,10 +1,10 @@
 """What Llama, Qwen2 and Qwen3 share: pre-norm blocks of grouped-query attention and a gated MLP.
 
 Grouped-query attention: arXiv 2305.13245. SwiGLU: arXiv 2002.05202. The three differ in the bias of the attention's
-inputs and in the norm of queries and keys.
+inputs and in the norm of queries and keys; Mixtral and Qwen3-MoE have experts in the MLP's place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,9 +14,12 @@ from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import DataError
 from megatron_r1.model.family import HFConfig, Rule, gated_mlp, plain_modules, refuse_other, require
 
+MlpRules = Callable[[int, str, str], Iterator[Rule]]
+"""A layer's number, its Megatron prefix and its Hugging Face prefix -> the rules of what follows its attention."""
+
 
 def dense_config(hf: HFConfig, section: ModelSection, **family: Any) -> TransformerConfig:
-    """Megatron's config of a dense model.
+    """Megatron's config of a dense model, or of a mixture of experts when `family` has them.
 
     Args:
         hf: its `config.json`.
@@ -50,7 +53,13 @@ def dense_config(hf: HFConfig, section: ModelSection, **family: Any) -> Transfor
     )
 
 
-def dense_rules(hf: HFConfig, qkv_bias: bool = False, qk_norm: bool = False) -> Iterator[Rule]:
+def _dense_mlp(_: int, ours: str, theirs: str) -> Iterator[Rule]:
+    return gated_mlp(f"{ours}.mlp", f"{theirs}.mlp")
+
+
+def dense_rules(
+    hf: HFConfig, qkv_bias: bool = False, qk_norm: bool = False, mlp: MlpRules = _dense_mlp
+) -> Iterator[Rule]:
     """Every tensor, with the names that transformers gives them."""
     tied = hf.get("tie_word_embeddings", False)
     head = "lm_head.weight"
@@ -60,7 +69,7 @@ def dense_rules(hf: HFConfig, qkv_bias: bool = False, qk_norm: bool = False) -> 
         yield Rule(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",))
         yield from _attention(hf, f"{ours}.self_attention", f"{theirs}.self_attn", qkv_bias, qk_norm)
         yield Rule(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",))
-        yield from gated_mlp(f"{ours}.mlp", f"{theirs}.mlp")
+        yield from mlp(layer, ours, theirs)
     yield Rule("decoder.final_layernorm.weight", ("model.norm.weight",))
     if not tied:
         yield Rule("output_layer.weight", (head,))

@@ -1,0 +1,281 @@
+"""Where a conversion reads from: a checkpoint of any kind as the Hugging Face tensors of its family's rules.
+
+FP8 weights appear dequantised. Nothing is read but headers until a rule's tensors are asked for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_r1.checkpoint.torch_dist import TorchDistReader, is_torch_dist
+from megatron_r1.errors import DataError
+from megatron_r1.model.build import rules
+from megatron_r1.model.family import HFConfig, Rule
+from megatron_r1.model.fp8 import SCALE_SUFFIX
+from megatron_r1.model.hf_folder import TensorReader, read_config
+from megatron_r1.model.safetensors_file import Spec, read
+from megatron_r1.model.sharding import Layout, Place, layout
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's file that names the checkpoint of a folder to load."""
+RELEASE = "release"
+"""What that file says of weights that no training run has numbered."""
+_MTP = "num_nextn_predict_layers"
+_COMPARED_BYTES = 2**26
+
+
+class Source(Protocol):
+    """A checkpoint that is converted, inspected or compared."""
+
+    hf: HFConfig
+    """Its `config.json`, without the MTP layers where these are left out."""
+    rules: list[Rule]
+    """Every tensor of the model, in order."""
+    folder: Path
+    """Where tokenizer and generation settings stand."""
+    files: list[Path]
+    """All that it is read from."""
+    places: Layout
+    """The shapes that `config.json` gives the model's tensors."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it holds the Hugging Face tensor `name`, in whatever form."""
+        ...
+
+    def unknown(self) -> list[str]:
+        """What it holds and no rule knows."""
+        ...
+
+    def spec(self, name: str) -> Spec:
+        """Shape, and dtype as `read` gives it, of one of a rule's `hf`."""
+        ...
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        """The tensors `rule.hf`; from any thread.
+
+        Raises:
+            DataError: damaged; not a number where a scale is due; a second copy of the tensor differs.
+        """
+        ...
+
+    def stored(self, rule: Rule) -> list[Spec]:
+        """Every tensor that a rule uses, as it is stored: scales and copies too."""
+        ...
+
+
+class HuggingFaceSource:
+    """A folder of safetensors.
+
+    Args:
+        folder: with `config.json`.
+        mtp: False = without the MTP layers, whether their tensors are there or not.
+    """
+
+    def __init__(self, folder: Path, mtp: bool = True) -> None:
+        whole = read_config(folder)
+        self.folder, self.hf = folder, whole if mtp else without_mtp(whole)
+        self.rules, self.places = rules(self.hf), layout(self.hf)
+        self._reader = TensorReader(folder)
+        self._known = {name for rule in rules(whole) for name in _names(rule)}
+        self.files = [folder / "config.json", *sorted({entry.path for entry in self._reader.stored.values()})]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._reader
+
+    def unknown(self) -> list[str]:
+        """Names that no rule knows; what belongs to an MTP layer that is left out is known."""
+        return [name for name in self._reader if name not in self._known]
+
+    def spec(self, name: str) -> Spec:
+        """From headers; bfloat16 for an FP8 weight."""
+        return self._reader.spec(name)
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        """The tensors of a rule, its copies compared."""
+        parts = [self._reader[name] for name in rule.hf]
+        for name in (*rule.copies, *rule.redundant):
+            if name in self._reader and not self._equal(name, parts[0]):
+                raise DataError(
+                    f"{self.folder}: {name} differs from {rule.hf[0]}, but config.json says that they are one"
+                    + (": set tie_word_embeddings = false there if they are two" if rule.redundant else "")
+                )
+        return parts
+
+    def stored(self, rule: Rule) -> list[Spec]:
+        """Every tensor that a rule uses, as it is stored."""
+        names = [name for name in _names(rule) if name in self._reader]
+        entries = [self._reader.stored[name] for name in names]
+        entries += [entry for name in names if (entry := self._reader.stored.get(name + SCALE_SUFFIX))]
+        return [Spec(entry.dtype, entry.shape) for entry in entries]
+
+    def _equal(self, name: str, value: torch.Tensor) -> bool:
+        """Bit for bit, a piece at a time: a second embedding would double the memory."""
+        spec, entry = self._reader.spec(name), self._reader.stored[name]
+        if spec != Spec(value.dtype, tuple(value.shape)):
+            return False
+        if entry.dtype != spec.dtype:  # dequantised
+            return torch.equal(self._reader[name], value)
+        flat, item = value.contiguous().view(-1), value.element_size()
+        step = _COMPARED_BYTES // item
+        for start in range(0, flat.numel(), step):
+            ours = flat[start : start + step]
+            size = ours.numel() * item
+            piece = replace(entry, shape=tuple(ours.shape), offset=entry.offset + start * item, nbytes=size)
+            if not torch.equal(read(piece).view(torch.uint8), ours.view(torch.uint8)):
+                return False
+        return True
+
+
+class MegatronSource:
+    """A `torch_dist` directory, ours or megatron-core's, seen through a `config.json`.
+
+    Args:
+        checkpoint: holds `.metadata`.
+        folder: with `config.json` and the tokenizer.
+        mtp: False = without the MTP layers, whether their tensors are there or not.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, mtp: bool = True) -> None:
+        whole = read_config(folder)
+        self.folder, self.hf = folder, whole if mtp else without_mtp(whole)
+        self._checkpoint, self._reader = checkpoint, TorchDistReader(checkpoint)
+        self.rules, self.places = rules(self.hf), layout(self.hf, self._reader.style)
+        self._by_name = {name: rule for rule in self.rules for name in rule.hf}
+        self._known = {piece.key for place in self.places.places.values() for piece in place.pieces}
+        self._left_out = () if mtp else ("mtp.",)
+        self.files = [folder / "config.json", *sorted(path for path in checkpoint.iterdir() if path.is_file())]
+
+    def __contains__(self, name: str) -> bool:
+        rule = self._by_name.get(name)
+        return rule is not None and all(piece.key in self._reader.keys for piece in self._place(rule).pieces)
+
+    def unknown(self) -> list[str]:
+        """Keys that no tensor of the model has."""
+        return [key for key in self._reader.keys if key not in self._known and not key.startswith(self._left_out)]
+
+    def spec(self, name: str) -> Spec:
+        """From the checkpoint's metadata.
+
+        Raises:
+            DataError: the checkpoint's tensor has another shape than `config.json` gives it.
+        """
+        rule = self._by_name[name]
+        place = self._place(rule)
+        for piece in place.pieces:
+            found = self._reader.keys[piece.key].shape
+            if found != piece.global_shape:
+                raise DataError(
+                    f"{self._checkpoint}: {piece.key} has shape {list(found)}, "
+                    f"but config.json makes it {list(piece.global_shape)}"
+                )
+        return Spec(self._reader.keys[place.pieces[0].key].dtype, hf_shapes(rule, place)[rule.hf.index(name)])
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        """The tensors of a rule, cut out of Megatron's."""
+        place = self._place(rule)
+        blocks = [self._reader.read(piece).reshape(-1, *place.shape[1:]) for piece in place.pieces]
+        if rule.groups == 1 and [tuple(block.shape) for block in blocks] == hf_shapes(rule, place):
+            return blocks
+        return rule.cut(torch.cat(blocks) if len(blocks) > 1 else blocks[0])
+
+    def stored(self, rule: Rule) -> list[Spec]:
+        """The pieces of a rule's tensor."""
+        return [Spec(self._reader.keys[piece.key].dtype, piece.shape) for piece in self._place(rule).pieces]
+
+    def _place(self, rule: Rule) -> Place:
+        return self.places.places[rule.megatron]
+
+
+class SourceWeights:
+    """A source by the names of its tensors, as `build_model` reads the weights of a model."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rules = {name: rule for rule in source.rules for name in rule.hf}
+        self._last: tuple[Rule, list[torch.Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._rules if name in self._source)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rules and name in self._source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        rule = self._rules[name]
+        if self._last is None or self._last[0] is not rule:
+            self._last = rule, self._source.read(rule)
+        return self._last[1][rule.hf.index(name)]
+
+
+def weights(path: Path) -> SourceWeights | None:
+    """Of a Megatron checkpoint; None for a Hugging Face folder, which `build_model` reads itself."""
+    return SourceWeights(open_source(path)) if path.is_dir() and megatron_checkpoint(path) else None
+
+
+def open_source(path: Path, config: Path | None = None, mtp: bool = True) -> Source:
+    """A checkpoint by its path.
+
+    Args:
+        path: a Hugging Face folder; a Megatron checkpoint (of training too: `step_XXXXXXXX`), or a folder whose
+            `latest_checkpointed_iteration.txt` names one; a `.gguf` file.
+        config: a Hugging Face folder whose `config.json` and tokenizer belong to a Megatron checkpoint.
+        mtp: False = without the multi-token-prediction layers.
+
+    Raises:
+        DataError: nothing that can be read, an architecture that is not supported, or a header that is damaged.
+    """
+    if path.suffix == ".gguf":
+        from megatron_r1.checkpoint.gguf import GgufSource  # which builds on this module
+
+        return GgufSource(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+    checkpoint = megatron_checkpoint(path)
+    if checkpoint is None:
+        return HuggingFaceSource(path, mtp)
+    described = [config] if config else [path, checkpoint.parent]
+    folder = next((folder for folder in described if (folder / "config.json").exists()), None)
+    if folder is None:
+        raise DataError(
+            f"{described[0]} has no config.json: a Megatron checkpoint does not say what model it is; "
+            "name a Hugging Face folder of the same model with --config="
+        )
+    return MegatronSource(checkpoint, folder, mtp)
+
+
+def megatron_checkpoint(path: Path) -> Path | None:
+    """The Megatron checkpoint that a folder is, or names as its latest; None if it is something else.
+
+    Raises:
+        DataError: the one that it names is not there.
+    """
+    if is_torch_dist(path):
+        return path
+    tracker = path / TRACKER
+    if not tracker.exists():
+        return None
+    latest = tracker.read_text().strip()
+    if latest != RELEASE and not latest.isdecimal():
+        raise DataError(f"{tracker} says {latest!r}: neither a number of steps nor {RELEASE!r}")
+    folder = path / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
+    if not is_torch_dist(folder):
+        raise DataError(f"{tracker} names {latest}, but {folder} is not a Megatron checkpoint of format torch_dist")
+    return folder
+
+
+def hf_shapes(rule: Rule, place: Place) -> list[tuple[int, ...]]:
+    """Shapes of `rule.hf`, from that of Megatron's tensor."""
+    shares = rule.shares or (1,) * len(rule.hf)
+    return [(place.shape[0] * share // sum(shares), *place.shape[1:]) for share in shares]
+
+
+def without_mtp(hf: HFConfig) -> HFConfig:
+    """The `config.json` of the same model without multi-token prediction."""
+    return {**hf, _MTP: 0} if hf.get(_MTP) else hf
+
+
+def _names(rule: Rule) -> tuple[str, ...]:
+    return (*rule.hf, *rule.copies, *rule.redundant)

@@ -1,0 +1,104 @@
+"""Checkpoints are read without running what a pickle in them says.
+
+PyTorch's distributed checkpoints describe themselves in a pickle, `.metadata`, and hold small objects as pickles.
+Upstream loads both with the plain unpickler (torch 2.13: distributed/checkpoint/filesystem.py:930 and
+default_planner.py:390), which runs any code that the file names. Can go when upstream uses `weights_only` there.
+"""
+
+import io
+import pickle
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+ALLOWED = frozenset(
+    {
+        *(("torch.distributed.checkpoint.metadata", name) for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )),
+        *(("torch.distributed.checkpoint.planner", name) for name in (
+            "BytesIOWriteData",
+            "SavePlan",
+            "TensorWriteData",
+            "WriteItem",
+            "WriteItemType",
+        )),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    }
+)  # fmt: skip
+"""(module, name) of what `.metadata` may hold: plain records of PyTorch's and megatron-core's, and dtypes."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"refuses to load {module}.{name}, which has no business in a checkpoint")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """A checkpoint's `.metadata`.
+
+    Raises:
+        OSError: it cannot be read.
+        pickle.UnpicklingError: it is not a pickle, names something that is not allowed, or is of something else.
+    """
+    content = path.read_bytes()
+    try:
+        metadata = _Unpickler(io.BytesIO(content)).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise pickle.UnpicklingError(f"{path.name} is damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"{path.name} holds a {type(metadata).__name__}, not a checkpoint's metadata")
+    return metadata
+
+
+class _Reader(FileSystemReader):
+    """Reads `.metadata` once, by `read_metadata`."""
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        metadata = read_metadata(Path(self.path) / ".metadata")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._metadata
+
+
+class _LoadPlanner(torch_strategy.MCoreLoadPlanner):
+    """Loads objects as weights are loaded: plain values and tensors."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        place = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, place, torch.load(value, weights_only=True))
+
+
+def refuse_foreign_pickles() -> None:
+    """Make megatron-core's `dist_checkpointing.load` read through the two classes above."""
+    vars(torch_strategy).update(
+        _get_filesystem_reader=lambda checkpoint_dir, cache_metadata=False: _Reader(checkpoint_dir),
+        MCoreLoadPlanner=_LoadPlanner,
+    )

@@ -1,0 +1,148 @@
+"""`quantize`: a Hugging Face folder -> NVIDIA's unified format (`hf_quant_config.json`), by nvidia-modelopt.
+
+The whole model stands in memory, in bfloat16: unlike the other conversions this one has to run it. Linear layers are
+quantised, but for the head and the routers; MTP layers, which transformers does not build, stay in bfloat16.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_r1.checkpoint.source import HuggingFaceSource, open_source
+from megatron_r1.config.modelopt import QuantizeConfig
+from megatron_r1.convert.plan import check
+from megatron_r1.convert.workspace import check_free
+from megatron_r1.data.files import documents, write_json
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.model.family import Rule
+from megatron_r1.model.hf_folder import TensorReader, copy_companions, read_config
+from megatron_r1.model.safetensors_file import read_header
+from megatron_r1.report.summary import write_summary
+
+INSTALL = "requirements/install.sh .venv requirements/modelopt.lock"
+RECIPES = {
+    "fp8": "FP8_DEFAULT_CFG",
+    "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+    "int4_awq": "INT4_AWQ_CFG",
+}
+"""modelopt's names."""
+_WEIGHTS_ONLY = {"fp8_block"}
+_QUANTIZATION = "quantization_config"
+
+
+def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
+    """Quantise, write aside, rename.
+
+    Raises:
+        ConfigError: nvidia-modelopt is not installed, no calibration text, or the output exists.
+        DataError: the source is quantised already or damaged, or modelopt cannot put it into this format.
+    """
+    output = config.output / config.folder
+    check_free(output)
+    if importlib.util.find_spec("modelopt") is None:
+        raise ConfigError(f"the package nvidia-modelopt, which quantises, is not installed: {INSTALL}")
+    source = open_source(config.source)
+    if not isinstance(source, HuggingFaceSource):
+        raise ConfigError(f"{config.source} is not a Hugging Face folder; megatron-r1 export makes one")
+    if source.hf.get(_QUANTIZATION):
+        raise DataError(f"{config.source} is quantised already: megatron-r1 cast makes a bfloat16 folder of it")
+    check(source, any_dtype=True)
+    texts = calibration_ids(config)
+    begin = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.bfloat16, local_files_only=True)
+    aside = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        export(model, config, texts, aside)
+        dtype = "dtype" if "dtype" in source.hf else "torch_dtype"  # the older name of the same key
+        described = {**source.hf, dtype: "bfloat16", _QUANTIZATION: read_config(aside)[_QUANTIZATION]}
+        write_json(aside / "config.json", described)
+        copy_companions(aside, [config.source])
+        figures = count(aside, source.rules) | {
+            "output": str(output),
+            "format": config.format,
+            "calibration_tokens": sum(map(len, texts)),
+            "seconds": round(time.monotonic() - begin, 3),
+        }
+        if output.exists():
+            output.rmdir()  # empty, or `check_free` would have said so
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return write_summary(config.output, figures)
+
+
+def calibration_ids(config: QuantizeConfig) -> list[list[int]]:
+    """Token ids of the calibration text, a list each document.
+
+    Raises:
+        ConfigError: the format needs text, and there is none.
+    """
+    if config.format in _WEIGHTS_ONLY:
+        return []
+    if config.calibration is None:
+        raise ConfigError(f"format {config.format!r} measures activations: set calibration to a file of text")
+    tokenizer = Tokenizer.load(config.source)
+    texts = islice(documents(config.calibration), config.samples)
+    found = [tokenizer.encode_prompt(text)[: config.length] for text in texts]
+    if not found:
+        raise ConfigError(f"{config.calibration} holds no text")
+    return found
+
+
+def export(model: PreTrainedModel, config: QuantizeConfig, texts: list[list[int]], folder: Path) -> None:
+    """Quantise `model` in place and write it in the unified format, without tokenizer.
+
+    Raises:
+        DataError: modelopt cannot put this model into this format.
+    """
+    from modelopt.torch import quantization
+    from modelopt.torch.export import export_hf_checkpoint
+
+    def calibrate(quantised: Callable[..., Any]) -> None:
+        for ids in texts:
+            quantised(torch.tensor([ids], device=model.device))
+
+    extra = mtp_tensors(config.source, model)
+    try:
+        with torch.no_grad():
+            recipe = getattr(quantization, RECIPES[config.format])
+            quantised = quantization.quantize(model, recipe, calibrate if texts else None)
+            export_hf_checkpoint(quantised, dtype=torch.bfloat16, export_dir=folder, extra_state_dict=extra)
+    except (AssertionError, NotImplementedError) as error:  # modelopt's own checks of shapes and devices
+        raise DataError(f"modelopt cannot put {config.source} into {config.format}: {error}") from error
+
+
+def mtp_tensors(source: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors of the MTP layers, and a note for modelopt that they are not quantised."""
+    first, count = model.config.num_hidden_layers, getattr(model.config, "num_nextn_predict_layers", None) or 0
+    layers = [f"model.layers.{first + index}" for index in range(count)]
+    model._mtp_layer_prefixes = layers  # where modelopt's exporter looks for them
+    reader = TensorReader(source)
+    return {name: reader[name].bfloat16() for name in reader if name.startswith(tuple(f"{each}." for each in layers))}
+
+
+def count(folder: Path, rules: Sequence[Rule]) -> dict[str, int]:
+    """Figures of what was written.
+
+    Raises:
+        DataError: a tensor of the model is missing.
+    """
+    entries = {name: entry for file in folder.glob("*.safetensors") for name, entry in read_header(file).items()}
+    lost = [name for rule in rules for name in rule.hf if name not in entries]
+    if lost:
+        raise DataError(f"modelopt wrote {len(lost)} tensors of the model not at all, for example {lost[0]}")
+    recorded = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    size = sum(entry.nbytes for entry in entries.values())
+    return {"tensors": len(entries), "bytes": size, "excluded_modules": len(recorded["exclude_modules"])}

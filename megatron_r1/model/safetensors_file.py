@@ -1,0 +1,292 @@
+"""One safetensors file: its header checked against its bytes, its tensors read and written one at a time.
+
+Layout: 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`, then the tensors
+without gaps. Files are read and written, not mapped: mapped pages count as the process's memory for as long as the
+system likes, and a truncated file would kill the process instead of raising.
+"""
+
+import itertools
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from megatron_r1.errors import DataError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+"""Names of the format and what torch calls them: all that both have, but for packed 4-bit numbers."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the reference reader's own limit
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    """In the file, of its first byte."""
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file in the order in which they stand there.
+
+    Raises:
+        DataError: the file cannot be read, is truncated, is no safetensors file, or its header contradicts itself:
+            a name twice, an unknown dtype, a size that is not shape x dtype, tensors that overlap or leave a gap.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > _MAX_HEADER or not (text := file.read(length)).startswith(b"{"):
+                raise DataError(f"{path} is not a safetensors file: it does not begin with a header")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if len(text) < length:
+        raise DataError(f"{path} is truncated: its header has {length} bytes, of which {len(text)} are there")
+    entries = [_entry(path, name, value, 8 + length) for name, value in _parse(path, text).items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    _check_extent(path, entries, 8 + length, size)
+    return {entry.name: entry for entry in entries}
+
+
+def read(entry: Entry) -> torch.Tensor:
+    """A tensor's values in fresh memory.
+
+    Raises:
+        DataError: the file cannot be read, or has become shorter than its header says.
+    """
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    view = _bytes(tensor)
+    done = 0
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while done < entry.nbytes:
+                count = os.preadv(descriptor, [view[done:]], entry.offset + done)
+                if not count:
+                    raise DataError(f"{entry.path} is truncated: it ends within {entry.name}")
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DataError(f"cannot read {entry.name} from {entry.path}: {error.strerror}") from error
+    return tensor
+
+
+class Writer:
+    """A file whose tensors are given in any order, from any thread.
+
+    As a context it closes the file at the end, or removes it after an error. Tensors stand by falling size of their
+    numbers, so that each is aligned, and within one size in the order of `specs`.
+
+    Args:
+        path: where it will stand; a file of that name is overwritten.
+        specs: every tensor that it will hold.
+
+    Raises:
+        DataError: the file cannot be created.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        self.path, self._specs = path, dict(specs)
+        header, self._offsets, size = _layout(self._specs)
+        self._missing, self._lock = set(self._specs), threading.Lock()
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            self._write(memoryview(header), 0)
+            self._extend(size)
+        except BaseException:
+            self.abort()
+            raise
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor.
+
+        Raises:
+            DataError: the name is unknown or was put before, dtype or shape differ from its spec, or the disk is full.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise DataError(f"{self.path} has no place for a tensor {name}")
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise DataError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, but {self.path} has a place for "
+                f"{spec.dtype} {list(spec.shape)}"
+            )
+        with self._lock:
+            if name not in self._missing:
+                raise DataError(f"{self.path}: tensor {name} was given twice")
+            self._missing.remove(name)
+        self._write(_bytes(tensor.detach().cpu().contiguous()), self._offsets[name])
+
+    def close(self) -> None:
+        """Finish the file: it is on the disk when this returns.
+
+        Raises:
+            DataError: a tensor was not put, or the disk failed.
+        """
+        try:
+            if self._missing:
+                first = next(name for name in self._specs if name in self._missing)
+                raise DataError(f"{self.path} lacks {len(self._missing)} of its tensors, for example {first}")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._failed(error) from error
+        finally:
+            os.close(self._descriptor)
+
+    def abort(self) -> None:
+        """Give up: the file is removed."""
+        os.close(self._descriptor)
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            self.abort()
+            return
+        try:
+            self.close()
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            raise
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        try:
+            while len(view):
+                count = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _extend(self, size: int) -> None:
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> DataError:
+        return DataError(f"cannot write {self.path}: {error.strerror}")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
+    header.pop(_METADATA, None)
+    result: dict[str, Any] = header
+    return result
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        twice = next(first for first, second in itertools.pairwise(names) if first == second)
+        raise DataError(f"its header names {twice} twice")
+    return result
+
+
+def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
+    """One item of a header, `start` being where the tensors begin in the file."""
+    try:
+        shape, (begin, end), kind = tuple(value["shape"]), value["data_offsets"], value["dtype"]
+    except (TypeError, KeyError, ValueError):
+        raise DataError(f"{path}: the header's entry of {name} lacks dtype, shape or data_offsets") from None
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise DataError(f"{path}: the header's entry of {name} has a size that is not a whole number")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise DataError(f"{path}: {name} has dtype {kind!r}, which is not one of {', '.join(DTYPES)}")
+    if end - begin != (expected := Spec(dtype, shape).nbytes):
+        raise DataError(f"{path}: {name} {kind} {list(shape)} takes {expected} bytes, but has {end - begin}")
+    return Entry(name, dtype, shape, path, start + begin, end - begin)
+
+
+def _check_extent(path: Path, entries: list[Entry], start: int, size: int) -> None:
+    """That the tensors fill the file from `start` to its end, one behind the other."""
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            problem = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
+            raise DataError(f"{path}: {entry.name} {problem}")
+        end += entry.nbytes
+    if size < end:
+        raise DataError(f"{path} is truncated: {end - size} of its {end} bytes are missing; download it again")
+    if size > end:
+        raise DataError(f"{path} has {size - end} bytes behind its last tensor")
+
+
+def _layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
+    """The file's beginning, where each tensor stands, and the file's size in bytes."""
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    end = 0
+    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (end, end + spec.nbytes)}
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + header[name]["data_offsets"][0] for name in specs}
+    return len(text).to_bytes(8, "little") + text, offsets, start + end
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

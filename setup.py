@@ -29,6 +29,7 @@ COMMON = [
     "safetensors~=0.8.0",  # weights on disk
     "gguf~=0.19.0",  # reads the files of llama.cpp
     "huggingface_hub>=2.4,<3",  # writes the metadata of model cards; transformers brings it
+    "PyYAML~=6.0",  # the error of metadata that is no YAML; transformers brings it
     "numpy~=2.3.0",  # rewards, advantages and indexed data without torch; numba 0.65 goes up to 2.4
     "pydantic~=2.14",  # typed, frozen configs
     "tomli-w~=1.2",  # writes the resolved config

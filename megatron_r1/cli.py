@@ -130,7 +130,7 @@ CHECKPOINT_VERBS = {
         "megatron_r1.convert.verbs:run_export",
     ),
     "cast": Verb(
-        "Hugging Face folder to another dtype; to and from FP8 in blocks",
+        "Hugging Face folder or GGUF file to a Hugging Face folder in another dtype; to and from FP8 in blocks",
         "megatron_r1.config.convert:CastConfig",
         "megatron_r1.convert.verbs:run_cast",
     ),
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         if not rank:
             print(
-                f"megatron-r1 {options.verb}: interrupted; the same command goes on from the last checkpoint, if any",
+                f"megatron-r1 {options.verb}: interrupted; the same command goes on {_resumed(options.verb)}",
                 file=sys.stderr,
             )
         return int(stop.code or 0) if isinstance(stop, SystemExit) else 130
@@ -226,6 +226,13 @@ def _checkpoint(options: argparse.Namespace, overrides: list[str], arguments: li
     if options.json:
         print(json.dumps(result))
     return _code(result)
+
+
+def _resumed(verb: str) -> str:
+    """Where a command that was stopped begins again."""
+    if verb not in CHECKPOINT_VERBS:
+        return "from the last checkpoint, if any"
+    return "with the parts that it lacks" if verb in {"import", "export", "cast"} else "from the beginning"
 
 
 def _code(result: dict[str, Any]) -> int:

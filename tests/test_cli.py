@@ -200,6 +200,26 @@ def test_bad_options_of_checkpoint_verbs(tmp_path: Path, arguments: list[str], p
     assert_refused(megatron_r1("export", tmp_path, tmp_path / "out", *arguments), "megatron-r1 export", part)
 
 
+def test_lists_numbers_and_required_options() -> None:
+    arguments = ["quantize", "a", "b", "--format=fp8", "--samples=7", "--language=en", "--language", "de"]
+    config = read(_parser(arguments).parse_args(arguments), _import(CHECKPOINT_VERBS["quantize"].config))
+    assert (config.format, config.samples, config.language, config.folder) == ("fp8", 7, ["en", "de"], "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["quantize", "a", "b"], "arguments are required: --format"),
+        (["import", "a", "b", "--workers=0"], "megatron-r1 import: options: workers: Input should be greater than 0"),
+        (["cast", "a", "b", "--dtype=int8"], "invalid choice: 'int8' (choose from 'bfloat16'"),
+        (["cast", "a", "b", "--folder=hf"], "takes no '--folder=hf'"),
+    ],
+    ids=str,
+)
+def test_what_an_option_may_be_is_said(arguments: list[str], part: str) -> None:
+    assert_refused(megatron_r1(*arguments), part)
+
+
 def test_a_run_file_stands_for_the_options(tmp_path: Path) -> None:
     (tmp_path / "export.toml").write_text('source = "a"\noutput = "b"\ndtype = "fp8"\n')
     done = megatron_r1("export", tmp_path / "export.toml", "--workers=3", "--dry-run")

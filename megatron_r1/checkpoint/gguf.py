@@ -14,14 +14,19 @@ import numpy as np
 import torch
 from gguf import quants
 
-from megatron_r1.checkpoint.gguf_metadata import config_json, save_companions
+from megatron_r1.checkpoint.gguf_metadata import PRE_TOKENIZERS, config_json, save_companions
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
 from megatron_r1.model.family import Rule
 from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.model.sharding import layout
 
-_SUPPORTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2"}
+_SUPPORTED = {
+    "general.architecture": ("llama",),
+    "tokenizer.ggml.model": ("gpt2",),
+    "tokenizer.ggml.pre": tuple(PRE_TOKENIZERS),
+    "llama.rope.scaling.type": ("none", None),
+}
 _IN_LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -49,13 +54,15 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self._path, (reader, fields) = path, read_header(path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        try:
-            self.hf = config_json(fields, tied=f"{_OUTSIDE['lm_head']}.weight" not in self._tensors)
-        except KeyError as error:
-            raise DataError(f"{path} does not say {error.args[0]}, which a Llama model needs") from error
         self._companions = tempfile.TemporaryDirectory()  # goes with this object
         self.folder, self.files = Path(self._companions.name), [path]
-        save_companions(fields, self.hf, self.folder)
+        try:
+            self.hf = config_json(fields, tied=f"{_OUTSIDE['lm_head']}.weight" not in self._tensors)
+            save_companions(fields, self.hf, self.folder)
+        except KeyError as error:
+            raise DataError(f"{path} does not say {error.args[0]}, which a Llama model needs") from error
+        except Exception as error:  # `tokenizers` raises no other class
+            raise DataError(f"{path} contradicts itself in what it says of model and tokenizer: {error}") from error
         self.rules, self.places = rules(self.hf), layout(self.hf)
 
     def __contains__(self, name: object) -> bool:
@@ -90,11 +97,21 @@ class GgufSource:
         whole, row_bytes = torch.empty(shape, dtype=torch.bfloat16), stored.nbytes // shape[0]
         for first in range(0, shape[0], rows):
             count = min(rows, shape[0] - first)
-            items, offset = count * row_bytes // stored.itemsize, tensor.data_offset + first * row_bytes
-            values = np.fromfile(self._path, stored.dtype, items, offset=offset).reshape(count, *stored.shape[1:])
+            piece = np.empty((count, *stored.shape[1:]), stored.dtype)
+            values = self._fill(piece, tensor.data_offset + first * row_bytes)
             whole[first : first + count] = torch.from_numpy(quants.dequantize(values, tensor.tensor_type))
         heads = _HEADS.get(name.split(".")[-2])
         return halves_apart(whole, self.hf[heads]) if heads else whole
+
+    def _fill(self, values: Any, offset: int) -> Any:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(offset)
+                if file.readinto(values.view(np.uint8).data) < values.nbytes:
+                    raise DataError(f"{self._path} is truncated: it has become shorter since it was opened")
+        except OSError as error:
+            raise DataError(f"cannot read {self._path}: {error.strerror}") from error
+        return values
 
 
 def read_header(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -109,8 +126,9 @@ def read_header(path: Path) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, LookupError) as error:  # the reader checks no length: IndexError = cut short
         raise DataError(f"{path} cannot be read as GGUF: {error}") from error
     for key, supported in _SUPPORTED.items():
-        if fields.get(key) != supported:
-            raise DataError(f"{path}: {key} is {fields.get(key)!r}; only {supported!r} is supported")
+        if fields.get(key) not in supported:
+            only = " or ".join(map(repr, supported))
+            raise DataError(f"{path}: {key} is {fields.get(key)!r}; only {only} is supported")
     for tensor in reader.tensors:
         if not expandable(tensor.tensor_type):
             raise DataError(f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which gguf cannot expand")

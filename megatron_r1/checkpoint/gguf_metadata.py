@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.model.family import HFConfig
 
+PRE_TOKENIZERS = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": []}
+"""GGUF's names of how a text is split before it is encoded -> what comes before the splitting of GPT-2."""
 _CONTROL = 3
 """GGUF's type of a token that stands for no text."""
 
@@ -33,7 +35,7 @@ def config_json(fields: Mapping[str, Any], tied: bool) -> HFConfig:
         "intermediate_size": fields["llama.feed_forward_length"],
         "num_hidden_layers": fields["llama.block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),  # in other models a list
         "head_dim": fields.get("llama.rope.dimension_count", hidden // heads),
         "hidden_act": "silu",
         "max_position_embeddings": fields["llama.context_length"],
@@ -59,13 +61,12 @@ def save_companions(fields: Mapping[str, Any], config: HFConfig, folder: Path) -
 
 
 def tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. GGUF's pre-tokenizer "smollm" takes digits one by one."""
+    """Byte-level BPE."""
     pieces, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     fast = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    splits = [pre_tokenizers.Digits(individual_digits=True)] if fields.get("tokenizer.ggml.pre") == "smollm" else []
-    fast.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    fast.pre_tokenizer = pre_tokenizers.Sequence([*PRE_TOKENIZERS[fields["tokenizer.ggml.pre"]], byte_level])
     fast.decoder = decoders.ByteLevel()
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
     fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])

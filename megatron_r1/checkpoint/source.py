@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1.checkpoint.torch_dist import TorchDistReader, is_torch_dist
+from megatron_r1.checkpoint.torch_dist import EMBEDDING, TorchDistReader, is_torch_dist
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
 from megatron_r1.model.family import HFConfig, Rule
@@ -25,6 +25,7 @@ RELEASE = "release"
 """What that file says of weights that no training run has numbered."""
 _MTP = "num_nextn_predict_layers"
 _COMPARED_BYTES = 2**26
+_SHOWN = 5
 
 
 class Source(Protocol):
@@ -141,7 +142,7 @@ class MegatronSource:
     def __init__(self, checkpoint: Path, folder: Path, mtp: bool = True) -> None:
         whole = read_config(folder)
         self.folder, self.hf = folder, whole if mtp else without_mtp(whole)
-        self._checkpoint, self._reader = checkpoint, TorchDistReader(checkpoint)
+        self._reader = TorchDistReader(checkpoint)
         self.rules, self.places = rules(self.hf), layout(self.hf, self._reader.style)
         self._by_name = {name: rule for rule in self.rules for name in rule.hf}
         self._known = {piece.key for place in self.places.places.values() for piece in place.pieces}
@@ -164,14 +165,13 @@ class MegatronSource:
         """
         rule = self._by_name[name]
         place = self._place(rule)
-        for piece in place.pieces:
-            found = self._reader.keys[piece.key].shape
-            if found != piece.global_shape:
-                raise DataError(
-                    f"{self._checkpoint}: {piece.key} has shape {list(found)}, "
-                    f"but config.json makes it {list(piece.global_shape)}"
-                )
-        return Spec(self._reader.keys[place.pieces[0].key].dtype, hf_shapes(rule, place)[rule.hf.index(name)])
+        stored = [self._reader.spec(piece) for piece in place.pieces]
+        return Spec(stored[0].dtype, hf_shapes(rule, place)[rule.hf.index(name)])
+
+    def padding(self) -> int:
+        """Rows behind the vocabulary's own that `read` leaves out."""
+        (rows,) = self.places.places[EMBEDDING].pieces
+        return self._reader.spec(rows).shape[0] - rows.global_shape[0]
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of a rule, cut out of Megatron's."""
@@ -211,8 +211,17 @@ class SourceWeights:
 
 
 def weights(path: Path) -> SourceWeights | None:
-    """Of a Megatron checkpoint; None for a Hugging Face folder, which `build_model` reads itself."""
-    return SourceWeights(open_source(path)) if path.is_dir() and megatron_checkpoint(path) else None
+    """Of a Megatron checkpoint; None for a Hugging Face folder, which `build_model` reads itself.
+
+    Raises:
+        DataError: the checkpoint cannot be read, or holds a tensor that `config.json` has no place for.
+    """
+    if not path.is_dir() or not megatron_checkpoint(path):
+        return None
+    source = open_source(path)
+    if unknown := source.unknown():
+        raise DataError(f"{path} holds {len(unknown)} tensors that its config.json has no place for: {unknown[0]}, ...")
+    return SourceWeights(source)
 
 
 def open_source(path: Path, config: Path | None = None, mtp: bool = True) -> Source:
@@ -221,7 +230,8 @@ def open_source(path: Path, config: Path | None = None, mtp: bool = True) -> Sou
     Args:
         path: a Hugging Face folder; a Megatron checkpoint (of training too: `step_XXXXXXXX`), or a folder whose
             `latest_checkpointed_iteration.txt` names one; a `.gguf` file.
-        config: a Hugging Face folder whose `config.json` and tokenizer belong to a Megatron checkpoint.
+        config: a Hugging Face folder whose `config.json` and tokenizer belong to a Megatron checkpoint; None = the
+            checkpoint's own, or the folder `hf` of the training run that wrote it.
         mtp: False = without the multi-token-prediction layers.
 
     Raises:
@@ -232,11 +242,13 @@ def open_source(path: Path, config: Path | None = None, mtp: bool = True) -> Sou
 
         return GgufSource(path)
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+        raise not_a_folder(path)
     checkpoint = megatron_checkpoint(path)
     if checkpoint is None:
+        check_config(path)
         return HuggingFaceSource(path, mtp)
-    described = [config] if config else [path, checkpoint.parent]
+    of_the_run = path.absolute().parents[1] / "hf" if len(path.absolute().parents) > 1 else path
+    described = [config] if config else [path, checkpoint.parent, of_the_run]
     folder = next((folder for folder in described if (folder / "config.json").exists()), None)
     if folder is None:
         raise DataError(
@@ -264,6 +276,30 @@ def megatron_checkpoint(path: Path) -> Path | None:
     if not is_torch_dist(folder):
         raise DataError(f"{tracker} names {latest}, but {folder} is not a Megatron checkpoint of format torch_dist")
     return folder
+
+
+def not_a_folder(path: Path) -> DataError:
+    """What to say of a path that should be a checkpoint's folder."""
+    if not path.exists():
+        return DataError(f"{path} does not exist")
+    return DataError(f"{path} is neither a folder nor a .gguf file; name the folder that the checkpoint's files are in")
+
+
+def check_config(folder: Path) -> None:
+    """That a folder could be a Hugging Face model's.
+
+    Raises:
+        DataError: it has no `config.json`; the checkpoints below it are named.
+    """
+    if (folder / "config.json").exists():
+        return
+    below = [path for path in sorted((*folder.glob("*/"), *folder.glob("*/*/"))) if path.is_dir()]
+    found = [str(path) for path in below if (path / "config.json").exists() or is_torch_dist(path)]
+    hint = f"; below it are {', '.join(found[:_SHOWN])}" if found else ""
+    raise DataError(
+        f"{folder} has no config.json, as a Hugging Face folder has, and no .metadata, as a Megatron checkpoint "
+        f"has{hint}"
+    )
 
 
 def hf_shapes(rule: Rule, place: Place) -> list[tuple[int, ...]]:

@@ -26,7 +26,16 @@ from megatron_r1.errors import DataError
 from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.model.sharding import Piece
 
-__all__ = ["PartWriter", "Record", "TorchDistReader", "finish", "is_torch_dist", "item_nbytes", "saved_nbytes"]
+__all__ = [
+    "EMBEDDING",
+    "PartWriter",
+    "Record",
+    "TorchDistReader",
+    "finish",
+    "is_torch_dist",
+    "item_nbytes",
+    "saved_nbytes",
+]
 
 _CONFIG, _INDEX, _COMMON, _OBJECTS = "metadata.json", ".metadata", "common.pt", "objects.distcp"
 _FORMAT = {
@@ -37,7 +46,10 @@ _FORMAT = {
 }
 _CONTAINER_BYTES = 2048
 """More than what stands around the numbers of an item."""
-_EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+_VOCABULARY = (EMBEDDING, "output_layer.weight")
+_PADDING = range(128, 128 * 64 + 1, 128)
+"""What the rows of a vocabulary are rounded up to a multiple of by Megatron-LM: 128 x its tensor parallel size."""
 _PREFIXES = ("", "model.", "module.")
 """Before a model's keys: in Megatron-LM's checkpoints, those of our training runs, NeMo's."""
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine")
@@ -55,7 +67,8 @@ def is_torch_dist(folder: Path) -> bool:
 class TorchDistReader:
     """The model's tensors in a directory that megatron-core or `PartWriter` wrote, whatever chunks they are cut into.
 
-    Of a training checkpoint only the model is seen: the prefix of its keys is taken off, optimizer state is left out.
+    Of a training checkpoint only the model is seen: the prefix of its keys is taken off, optimizer state is left out,
+    and so are the rows by which Megatron-LM pads a vocabulary. `common.pt`, a pickle, is not opened.
     Nothing is read before it is asked for. Thread-safe.
 
     Args:
@@ -104,9 +117,9 @@ class TorchDistReader:
         self.keys, self._chunks = keys, chunks
 
     def _prefix(self, names: Container[str]) -> str:
-        found = next((prefix for prefix in _PREFIXES if prefix + _EMBEDDING in names), None)
+        found = next((prefix for prefix in _PREFIXES if prefix + EMBEDDING in names), None)
         if found is None:
-            raise DataError(f"{self.folder} holds no language model: it has no {_EMBEDDING}")
+            raise DataError(f"{self.folder} holds no language model: it has no {EMBEDDING}")
         return found
 
     def _chunks_of(
@@ -129,7 +142,7 @@ class TorchDistReader:
         Raises:
             DataError: no such key, other global shape, rectangle not covered by what was saved, damaged file.
         """
-        spec, chunks = self._spec(piece), self._chunks[piece.key]
+        spec, chunks = self.spec(piece), self._chunks[piece.key]
         whole = chunks.get(piece.offset)
         if whole is not None and whole.shape == piece.shape:
             return load(whole)
@@ -149,16 +162,22 @@ class TorchDistReader:
         Raises:
             DataError: no such key, other global shape.
         """
-        return self._spec(piece).dtype.itemsize * math.prod(piece.shape)
+        return self.spec(piece).dtype.itemsize * math.prod(piece.shape)
 
-    def _spec(self, piece: Piece) -> Spec:
+    def spec(self, piece: Piece) -> Spec:
+        """Dtype and global shape of the tensor that a rectangle is of, padding included.
+
+        Raises:
+            DataError: no such key, other global shape.
+        """
         if piece.key not in self.keys:
             raise DataError(f"{self.folder} has no {piece.key}")
         spec = self.keys[piece.key]
-        if spec.shape != piece.global_shape:
+        if spec.shape != piece.global_shape and not _is_padded(piece, spec.shape):
+            hint = "; vocab_size must be the number of its rows" if piece.key in _VOCABULARY else ""
             raise DataError(
                 f"{self.folder}: {piece.key} has shape {list(spec.shape)}, but config.json makes it "
-                f"{list(piece.global_shape)}"
+                f"{list(piece.global_shape)}{hint}"
             )
         return spec
 
@@ -236,6 +255,13 @@ def finish(folder: Path, records: Iterable[Record], objects: Iterable[str], comm
             file.flush()
             os.fsync(file.fileno())
     write_json(folder / _CONFIG, _FORMAT)
+
+
+def _is_padded(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether all that a stored vocabulary has more than the model's is padding behind it."""
+    rows, due = shape[0], piece.global_shape[0]
+    rounded = any(rows % multiple == 0 and rows - multiple < due < rows for multiple in _PADDING)
+    return piece.key in _VOCABULARY and shape[1:] == piece.global_shape[1:] and rounded
 
 
 def _saved(value: Any) -> bytes:

@@ -5,9 +5,12 @@ Upstream loads both with the plain unpickler (torch 2.13: distributed/checkpoint
 default_planner.py:390), which runs any code that the file names. Can go when upstream uses `weights_only` there.
 """
 
+import contextlib
 import io
 import pickle
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +51,36 @@ ALLOWED = frozenset(
 """(module, name) of what `.metadata` may hold: plain records of PyTorch's and megatron-core's, and dtypes."""
 
 
+_MOVED = {"pathlib._local": "pathlib"}
+"""Where Python 3.13 says that a class is -> where others have it."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = _MOVED.get(module, module)
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"refuses to load {module}.{name}, which has no business in a checkpoint")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        return partial(found) if name == "_get_layout" else found  # a function keeps what a pickle sets on it
+
+
+@contextlib.contextmanager
+def _classes_untouched() -> Iterator[None]:
+    """A pickle can set attributes of a class that it names as of an object: that is undone and refused."""
+    named = (getattr(import_module(module), name, None) for module, name in ALLOWED)
+    before = {found: dict(vars(found)) for found in named if isinstance(found, type)}
+    try:
+        yield
+    finally:
+        changed = [found for found, attributes in before.items() if vars(found) != attributes]
+        for found in changed:
+            for name in vars(found).keys() - before[found].keys():
+                delattr(found, name)
+            for name, value in before[found].items():
+                if vars(found)[name] is not value:
+                    setattr(found, name, value)
+    if changed:
+        raise pickle.UnpicklingError(f"refuses to change {changed[0].__module__}.{changed[0].__qualname__}")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -64,7 +92,8 @@ def read_metadata(path: Path) -> Metadata:
     """
     content = path.read_bytes()
     try:
-        metadata = _Unpickler(io.BytesIO(content)).load()
+        with _classes_untouched():
+            metadata = _Unpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle can raise anything

@@ -1,4 +1,4 @@
-"""Configs of `inspect` and `verify`, and of the model card of an exported folder."""
+"""What `inspect` and `verify` take."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +18,8 @@ class InspectConfig(Section):
     config: Path | None = None
     """Hugging Face folder whose config.json and tokenizer belong to a Megatron checkpoint without its own."""
     mtp: bool = True
-    """False = a Megatron checkpoint lacks the multi-token-prediction layers of its config.json, as a policy's does."""
+    """Expect the multi-token-prediction layers of config.json in a Megatron checkpoint. Switched off (`mtp = false`,
+    `--no-mtp`), it may lack them, as a policy's does."""
     tensors: bool = False
     """List every tensor."""
     check: bool = False
@@ -30,43 +31,30 @@ class VerifyConfig(Section):
     """`megatron-r1 verify`: whether two checkpoints, in whatever formats, hold the same tensors."""
 
     a: Path
+    """A checkpoint: a Hugging Face folder, a Megatron checkpoint or a GGUF file."""
     b: Path
+    """Another one; it may be of another format."""
     config: Path | None = None
     """Hugging Face folder whose config.json and tokenizer belong to Megatron checkpoints without their own."""
     mtp: bool = True
-    """False = without the multi-token-prediction layers, which a training checkpoint of a policy does not hold."""
+    """Compare the multi-token-prediction layers too. Switched off (`mtp = false`, `--no-mtp`), they are ignored: a
+    training checkpoint of a policy does not hold them."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Two tensors are close if the norm of their difference is at most this share of the norm of the first: 0.04 for
-    bfloat16 against its FP8 blocks. 0 = they have to be equal bit for bit."""
+    """Accept tensors whose difference has at most this share of the first one's norm: 0.04 for bfloat16 against its FP8
+    blocks, 0.004 for float32 against bfloat16. With 0 they have to be equal bit for bit."""
     stored: bool = False
     """Compare two Hugging Face folders tensor by tensor as they stand in the files: scales and second copies too, FP8
     weights not dequantised."""
     text: Path | None = None
-    """UTF-8 file: also compare the logits of both models on it."""
+    """UTF-8 text file: run both models on it, one after the other, and compare their logits. Each has to fit into
+    memory."""
     text_tokens: PositiveInt = 2048
-    """Most tokens that are read of it."""
+    """Tokens of the text that are read at most."""
     text_length: PositiveInt = 512
-    """Tokens of a sequence; the text is cut into as many."""
+    """Tokens of a sequence that the text is cut into."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What both models compute in."""
+    """Numbers that both models compute in."""
     workers: PositiveInt = Field(default_factory=default_workers)
-    """Rules whose tensors are read at once, as far as 2 GiB hold them."""
+    """Threads: one for each core, at most 8, if not given. They share 2 GiB."""
     output: Path | None = None
-    """Folder for `summary.json`; a recipe sets it."""
-
-
-class CardSection(Section):
-    """[card]: what the model card says that the checkpoint does not."""
-
-    name: str | None = None
-    """Title. Default: the name of the folder, or of the recipe's stage."""
-    license: str | None = None
-    """Identifier as on the Hugging Face hub: apache-2.0, mit. Default: the card says that none was given."""
-    base_model: str | None = None
-    """What was trained: a name on the Hugging Face hub."""
-    language: list[str] = []
-    """ISO 639-1 codes."""
-    lineage: Path | None = None
-    """`lineage.json` of the recipe's stage that made the model. Default: the one beside the folder, if there is one."""
-    results: list[Path] = []
-    """Each a `results.json` of `evaluate` or `lm-eval`. Default: of the recipe's stages that evaluated the model."""
+    """Folder that the result is also written to, as `summary.json`."""

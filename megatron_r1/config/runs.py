@@ -104,8 +104,8 @@ class CriticSection(Section):
     """[critic] of `rl`: the value function that `advantage.type = "gae"` needs."""
 
     path: Path | None = None
-    """A Hugging Face folder to begin from: a causal model, which gets a new head, or a reward model. Default: the
-    policy's own."""
+    """A Hugging Face or Megatron folder to begin from: a causal model, which gets a new head, or a reward model.
+    Default: the policy's own."""
     optim: OptimSection
     value_clip: NonNegativeFloat = 0.2
     """How far a value may move for one rollout, in units of the reward; 0 = as far as it likes."""

@@ -29,7 +29,8 @@ class ModelSection(Section):
     """[model]: which model, and the training-only numbers that its Hugging Face config does not carry."""
 
     path: Path
-    """A Hugging Face folder: `config.json` describes the model; weights are read if `load_weights`."""
+    """A Hugging Face folder, or, but in reinforcement learning, a Megatron folder that `import` made: `config.json`
+    describes the model; weights are read if `load_weights`."""
     load_weights: bool = True
     """False = random initialisation from the config alone."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -1,21 +1,21 @@
 """README.md of a Hugging Face folder: the model card, with the lineage that a recipe has recorded."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from yaml import YAMLError
 
-from megatron_r1.config.inspect import CardSection
+from megatron_r1.config.card import CardConfig
 from megatron_r1.convert.ancestry import StageRecord, ancestry, evaluations, find_lineage, read_stage
 from megatron_r1.convert.figures import hub_index, read_results, rows
-from megatron_r1.data.files import aside
 from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.errors import DataError
 from megatron_r1.model.family import HFConfig
-from megatron_r1.model.hf_folder import read_config
 from megatron_r1.model.scalar_head import CLASSIFIER
 
 CARD = "README.md"
@@ -23,6 +23,10 @@ TEMPERATURE, TOP_P = 0.6, 0.95
 """Sampling that the authors of DeepSeek-R1 advise: colder, a model repeats itself; hotter, it loses the thread."""
 LONGEST_RESPONSE = 32768
 """Tokens: where the authors cut a response in their evaluations."""
+SHORT_RESPONSE = 512
+"""Of a model that does not reason first."""
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+"""Keys of a card's metadata that hold of the same model in other numbers, too."""
 _EXAMPLE = "How many primes are below 100?"
 _FACTS = {
     "model_type": "Model type",
@@ -37,50 +41,46 @@ _FACTS = {
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 
 
-def write_card(folder: Path, section: CardSection) -> None:
-    """Write `folder/README.md`.
+@dataclass(frozen=True)
+class Conversion:
+    """How a folder was made of another checkpoint."""
 
-    Raises:
-        DataError: no config.json, or a lineage or results that cannot be read.
-    """
-    text = card(read_config(folder), folder, section.license, section.lineage, section)
-    with aside(folder / CARD) as partial:
-        partial.write_text(text, encoding="utf-8")
+    verb: str
+    source: str
+    """The checkpoint's name; where on a machine it stood is nobody's business."""
+    version: str
+    """Of this package."""
 
 
-def card(
-    hf: HFConfig,
-    source: Path,
-    license: str | None = None,  # noqa: A002 (the hub's own word)
-    lineage: Path | None = None,
-    section: CardSection | None = None,
-) -> str:
+def card(hf: HFConfig, source: Path, section: CardConfig | None = None, conversion: Conversion | None = None) -> str:
     """A model card: the same text from the same files.
 
     Args:
         hf: `config.json` of the model.
-        source: where its tokenizer and generation settings stand, in a recipe's stage or not.
-        license: identifier as on the Hugging Face hub.
-        lineage: `lineage.json` of the stage that made it; None = look for it around `source`.
-        section: what else is said of it.
+        source: where its tokenizer, generation settings and perhaps an earlier card stand, in a recipe's stage or not.
+        section: what is said of it.
+        conversion: None = the model was not converted.
 
     Raises:
         DataError: a lineage or results that cannot be read.
     """
-    section = section or CardSection()
-    found = lineage or find_lineage(source)
+    section = section or CardConfig()
+    found, earlier = section.lineage or find_lineage(source), earlier_card(source)
     stage = read_stage(found) if found else None
     name = section.name or (stage.name if stage else source.absolute().name)
     results = [read_results(path) for path in section.results or (evaluations(stage) if stage else ())]
     score = hf["architectures"][0].endswith(CLASSIFIER)
     template, prompt = chat_template(source), _prompt(stage)
+    thinks = "<think>" in (template or prompt or "")
+    longest = LONGEST_RESPONSE if thinks else SHORT_RESPONSE
     body = (
         _environment()
         .get_template("card.md.j2")
         .render(
             name=name,
-            license=license,
-            base_model=section.base_model,
+            license=section.license or earlier.get("license"),
+            base_model=section.base_model or earlier.get("base_model"),
+            conversion=conversion,
             architecture=hf["architectures"][0],
             score=score,
             facts=_facts(hf),
@@ -89,16 +89,18 @@ def card(
             settings=tomli_w.dumps(_without_places(stage.config)).strip() if stage else "",
             results=[(result, rows(result)) for result in results],
             chat=template is not None,
-            thinks="<think>" in (template or prompt or ""),
+            thinks=thinks,
             prompt=prompt,
             example=json.dumps((prompt or "{question}").replace("{question}", _EXAMPLE), ensure_ascii=False),
             question=_EXAMPLE,
-            response_tokens=min(LONGEST_RESPONSE, hf.get("max_position_embeddings", LONGEST_RESPONSE) // 2),
+            response_tokens=min(longest, hf.get("max_position_embeddings", longest) // 2),
+            sampling=f', "temperature": {TEMPERATURE}, "top_p": {TOP_P}' if thinks else "",
             temperature=TEMPERATURE,
             top_p=TOP_P,
         )
     )
-    data = _metadata(hf, name, license, section, results)
+    kind = "reward-model" if score else "reasoning" if thinks else None
+    data = _metadata(hf, name, kind, {**earlier, **_said(section)}, results)
     return f"---\n{data.to_yaml()}\n---\n\n{body.rstrip()}\n"
 
 
@@ -120,17 +122,32 @@ def chat_template(folder: Path) -> str | None:
     return template
 
 
+def earlier_card(folder: Path) -> dict[str, Any]:
+    """What the README.md of a model folder, if it has one, says of licence, languages and base model to the hub."""
+    path = folder / CARD
+    if not path.is_file() or not (text := path.read_text(encoding="utf-8", errors="replace")).startswith("---"):
+        return {}
+    try:
+        said = ModelCard(text, ignore_metadata_errors=True).data
+    except (ValueError, YAMLError):  # a card for people only
+        return {}
+    return {key: said[key] for key in _INHERITED if said.get(key)}
+
+
+def _said(section: CardConfig) -> dict[str, Any]:
+    """What the user says himself. With a licence of his own, an earlier one's name and link are void."""
+    void = dict.fromkeys(("license_name", "license_link")) if section.license else {}
+    return {key: value for key in _INHERITED if (value := getattr(section, key, None))} | void
+
+
 def _metadata(
-    hf: HFConfig, name: str, license_name: str | None, section: CardSection, results: list[dict[str, Any]]
+    hf: HFConfig, name: str, kind: str | None, said: dict[str, Any], results: list[dict[str, Any]]
 ) -> ModelCardData:
-    score = hf["architectures"][0].endswith(CLASSIFIER)
     return ModelCardData(
-        license=license_name,
-        base_model=section.base_model,
-        language=section.language or None,
+        **said,
         library_name="transformers",
-        pipeline_tag="text-classification" if score else "text-generation",
-        tags=_tags(hf, score),
+        pipeline_tag="text-classification" if kind == "reward-model" else "text-generation",
+        tags=[*_tags(hf), *([kind] if kind else [])],
         model_name=name,
         eval_results=hub_index(results) or None,
     )
@@ -147,13 +164,13 @@ def _environment() -> Environment:
     )
 
 
-def _tags(hf: HFConfig, score: bool) -> list[str]:
+def _tags(hf: HFConfig) -> list[str]:
     tags = ["megatron-r1", *([hf["model_type"]] if "model_type" in hf else [])]
     if any(hf.get(key) for key in _EXPERTS):
         tags.append("mixture-of-experts")
     if hf.get("quantization_config"):
         tags.append(str(hf["quantization_config"].get("quant_method", "quantized")))
-    return [*tags, "reward-model" if score else "reasoning"]
+    return tags
 
 
 def _facts(hf: HFConfig) -> list[tuple[str, str]]:

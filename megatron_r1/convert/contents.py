@@ -7,15 +7,23 @@ from typing import Literal
 
 import torch
 
-from megatron_r1.checkpoint.source import Source, hf_shapes, megatron_checkpoint, open_source
+from megatron_r1.checkpoint.source import (
+    Source,
+    check_config,
+    hf_shapes,
+    megatron_checkpoint,
+    not_a_folder,
+    open_source,
+)
 from megatron_r1.checkpoint.torch_dist import TorchDistReader
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
 from megatron_r1.model.family import HFConfig, Rule
 from megatron_r1.model.fp8 import SCALE_SUFFIX
-from megatron_r1.model.hf_folder import TensorReader, read_config
+from megatron_r1.model.hf_folder import QUANTIZATION, TensorReader, read_config
 from megatron_r1.model.safetensors_file import Entry, Spec, read_header
 from megatron_r1.model.sharding import layout
+from megatron_r1.model.shards import stored_tensors
 
 Format = Literal["huggingface", "config only", "megatron torch_dist", "gguf"]
 
@@ -62,9 +70,10 @@ def read_contents(path: Path, config: Path | None, mtp: bool, check: bool) -> Co
     if path.suffix == ".gguf":
         return _of_source(open_source(path), "gguf")
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+        raise not_a_folder(path)
     checkpoint = megatron_checkpoint(path)
     if checkpoint is None:
+        check_config(path)
         return _of_folder(path, check)
     try:
         return _of_source(open_source(path, config, mtp), "megatron torch_dist")
@@ -108,6 +117,9 @@ def _of_folder(folder: Path, check: bool) -> Contents:
         return found
     if not entries and not found.problems:
         found.format = "config only"
+    if foreign_quantization(hf):
+        _by_modules(found, table, entries)
+        return found
     if check or found.format == "config only":
         _compare_shapes(found, table, entries)
     if entries:
@@ -122,7 +134,7 @@ def _entries(folder: Path, found: Contents) -> dict[str, Entry]:
     if not weights:
         return {}
     try:
-        return dict(TensorReader(folder).stored)
+        return dict(stored_tensors(folder) if foreign_quantization(found.hf) else TensorReader(folder).stored)
     except DataError as error:
         found.problems.append(str(error))
     entries: dict[str, Entry] = {}
@@ -132,6 +144,29 @@ def _entries(folder: Path, found: Contents) -> dict[str, Entry]:
         except DataError as error:
             found.problems += [str(error)] if str(error) not in found.problems else []
     return entries
+
+
+def foreign_quantization(hf: HFConfig | None) -> str | None:
+    """How another program has quantised a model, in whose own names and shapes it is stored; None if none has."""
+    settings = (hf or {}).get(QUANTIZATION) or {}
+    method = settings.get("quant_method", "unknown") if settings else "fp8"
+    return None if method == "fp8" else f"{method} {settings.get('quant_algo', '')}".strip()
+
+
+def _by_modules(found: Contents, rules: Sequence[Rule], entries: dict[str, Entry]) -> None:
+    """What can be told of numbers that are packed and scaled in another program's way: the modules."""
+    assert found.hf
+    places = layout(found.hf).places
+    found.sizes = {rule.megatron: _elements(places[rule.megatron].shape) for rule in rules}
+    due = {_module(name) for rule in rules for name in rule.hf}
+    known = due | {_module(name) for rule in rules for name in (*rule.copies, *rule.redundant)}
+    stored = {_module(name) for name in entries}
+    found.problems += [f"all of {module} is missing" for module in sorted(due - stored)]
+    found.problems += [f"{module} is known to no rule of {found.hf['architectures'][0]}" for module in stored - known]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _by_rules(found: Contents, rules: Sequence[Rule], entries: dict[str, Entry]) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_r1.config.inspect import InspectConfig
 from megatron_r1.convert.card import chat_template
-from megatron_r1.convert.contents import Contents, Stored, read_contents
+from megatron_r1.convert.contents import Contents, Stored, foreign_quantization, read_contents
 from megatron_r1.convert.parameters import count
 from megatron_r1.convert.progress import gigabytes
 from megatron_r1.model.fp8 import BLOCK, SCALE_SUFFIX
@@ -18,6 +18,12 @@ from megatron_r1.model.hf_folder import COMPANIONS
 from megatron_r1.model.scalar_head import causal_architecture
 from megatron_r1.registry import BUILT_IN
 
+_FORMATS = {
+    "huggingface": "Hugging Face folder",
+    "config only": "Hugging Face config.json without weights",
+    "megatron torch_dist": "Megatron checkpoint (torch_dist)",
+    "gguf": "GGUF file",
+}
 SHOWN = 20
 """Lines of a long list on the console; `--json` has all of it."""
 
@@ -35,7 +41,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     Returns:
         `path`, `format`, `architecture`, `family` (the module that supports it, None if none does), `parameters`
         (`total`, `main`, `activated`, `mtp`; None if they cannot be counted), `stored` (tensors, elements, bytes),
-        `dtypes` (name -> tensors, bytes), `fp8`, `files` (name -> bytes), `tokenizer`, `chat_template`,
+        `dtypes` (name -> tensors, bytes), `fp8`, `quantized_by` (another
+        program; None if none has), `files` (name -> bytes), `tokenizer`, `chat_template`,
         `max_context`, `problems`, `passed` (no problems), and `tensors` if they are asked for.
 
     Raises:
@@ -60,7 +67,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             "bytes": sum(sizes.values()),
         },
         "dtypes": {name: {"tensors": dtypes[name], "bytes": size} for name, size in sizes.most_common()},
-        "fp8": _fp8(found),
+        "fp8": None if foreign_quantization(found.hf) else _fp8(found),
+        "quantized_by": foreign_quantization(found.hf),
         "files": {file.name: file.stat().st_size for file in found.files},
         "tokenizer": [name for name in COMPANIONS if "token" in name and (found.folder / name).exists()],
         "chat_template": chat_template(found.folder) is not None,
@@ -97,9 +105,13 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(facts)
     if result["dtypes"]:
         rows = [(name, f"{its['tensors']:,}", gigabytes(its["bytes"])) for name, its in result["dtypes"].items()]
+        console.print()
         console.print(_table(("stored as", "tensors", "size"), rows))
     if result["files"]:
+        console.print()
         console.print(_table(("file", "size"), _files(result["files"])))
+    if result["problems"]:
+        console.print()
     for problem in result["problems"][:SHOWN]:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     if more := len(result["problems"]) - SHOWN:
@@ -133,12 +145,14 @@ def _dtype(stored: Stored) -> str:
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    family = (result["family"] or "not supported").partition(":")[0]
-    facts = [("format", result["format"]), ("architecture", f"{result['architecture'] or 'unknown'} ({family})")]
+    facts = [("format", _FORMATS[result["format"]])]
+    if result["architecture"]:
+        family = (result["family"] or "not supported").partition(":")[0].rpartition(".")[2]
+        facts.append(("architecture", f"{result['architecture']} ({'family ' * bool(result['family'])}{family})"))
     if counted := result["parameters"]:
         facts.append(("parameters", f"{counted['main']:,}"))
         if counted["activated"] != counted["main"]:
-            facts.append(("  of a token", f"{counted['activated']:,}"))
+            facts.append(("  active", f"{counted['activated']:,} for a token"))
         if counted["mtp"]:
             facts.append(("  in MTP", f"{counted['mtp']:,} more"))
     if result["stored"]["tensors"]:
@@ -147,6 +161,10 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     if fp8 := result["fp8"]:
         block = " x ".join(map(str, fp8["block"]))
         facts.append(("FP8", f"{fp8['weights']:,} weights in blocks of {block}, scales in {fp8['scale_dtype']}"))
+    if result["quantized_by"]:
+        facts.append(("quantized", f"by {result['quantized_by']}: not converted further"))
+    if not result["architecture"]:
+        return facts
     facts.append(("context", f"{result['max_context']:,} tokens" if result["max_context"] else "not said"))
     facts.append(("tokenizer", ", ".join(result["tokenizer"]) or "none"))
     facts.append(("chat template", "yes" if result["chat_template"] else "none"))

@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_r1.checkpoint.source import HuggingFaceSource, open_source
 from megatron_r1.config.modelopt import QuantizeConfig
+from megatron_r1.convert.card import CARD
 from megatron_r1.convert.plan import check
-from megatron_r1.convert.workspace import check_free
+from megatron_r1.convert.progress import gigabytes
+from megatron_r1.convert.verbs import card_text, check_paths
 from megatron_r1.data.files import documents, write_json
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.family import Rule
 from megatron_r1.model.hf_folder import TensorReader, copy_companions, read_config
 from megatron_r1.model.safetensors_file import read_header
+from megatron_r1.report.catalogue import duration
 from megatron_r1.report.summary import write_summary
 
 INSTALL = "requirements/install.sh .venv requirements/modelopt.lock"
@@ -49,7 +52,7 @@ def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
         DataError: the source is quantised already or damaged, or modelopt cannot put it into this format.
     """
     output = config.output / config.folder
-    check_free(output)
+    check_paths(config)
     if importlib.util.find_spec("modelopt") is None:
         raise ConfigError(f"the package nvidia-modelopt, which quantises, is not installed: {INSTALL}")
     source = open_source(config.source)
@@ -58,6 +61,8 @@ def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
     if source.hf.get(_QUANTIZATION):
         raise DataError(f"{config.source} is quantised already: megatron-r1 cast makes a bfloat16 folder of it")
     check(source, any_dtype=True)
+    described = {_QUANTIZATION: {"quant_method": "modelopt", "fmt": config.format}}
+    text = card_text("quantize", config, config.source, source.hf | described)
     texts = calibration_ids(config)
     begin = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.bfloat16, local_files_only=True)
@@ -66,20 +71,24 @@ def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
     try:
         export(model, config, texts, aside)
         dtype = "dtype" if "dtype" in source.hf else "torch_dtype"  # the older name of the same key
-        described = {**source.hf, dtype: "bfloat16", _QUANTIZATION: read_config(aside)[_QUANTIZATION]}
-        write_json(aside / "config.json", described)
+        written = {**source.hf, dtype: "bfloat16", _QUANTIZATION: read_config(aside)[_QUANTIZATION]}
+        write_json(aside / "config.json", written)
         copy_companions(aside, [config.source])
-        figures = count(aside, source.rules) | {
+        (aside / CARD).write_text(text, encoding="utf-8")
+        seconds = round(time.monotonic() - begin, 3)
+        figures: dict[str, Any] = count(aside, source.rules) | {
             "output": str(output),
             "format": config.format,
             "calibration_tokens": sum(map(len, texts)),
-            "seconds": round(time.monotonic() - begin, 3),
+            "seconds": seconds,
         }
         if output.exists():
             output.rmdir()  # empty, or `check_free` would have said so
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    size = gigabytes(figures["bytes"])
+    print(f"wrote {output}: {figures['tensors']:,} tensors, {size} in {duration(figures['seconds'])}")
     return write_summary(config.output, figures)
 
 
@@ -92,7 +101,9 @@ def calibration_ids(config: QuantizeConfig) -> list[list[int]]:
     if config.format in _WEIGHTS_ONLY:
         return []
     if config.calibration is None:
-        raise ConfigError(f"format {config.format!r} measures activations: set calibration to a file of text")
+        raise ConfigError(
+            f"format {config.format!r} measures activations: name a JSONL file of text with --calibration"
+        )
     tokenizer = Tokenizer.load(config.source)
     texts = islice(documents(config.calibration), config.samples)
     found = [tokenizer.encode_prompt(text)[: config.length] for text in texts]

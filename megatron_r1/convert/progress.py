@@ -89,7 +89,11 @@ class Lines:
 
     def _line(self, now: float) -> None:
         seconds, fresh = now - self._start, self._done - self._first
-        left = f", left {duration(seconds / fresh * (self._total - self._done))}" if fresh > 0 else ""
+        left = (
+            f", left {duration(seconds / fresh * (self._total - self._done))}"
+            if 0 < fresh < self._total - self._first
+            else ""
+        )
         share = 100 * self._done / max(self._total, 1)
         self._write(f"{self._title}: {share:.0f} %, {gigabytes(self._done)} in {duration(seconds)}{left}")
 

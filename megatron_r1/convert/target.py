@@ -4,7 +4,6 @@ What stands in which part follows from the rules alone, so a conversion gives th
 its workers, and goes on with the parts that it lacks.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from megatron_r1.checkpoint.source import RELEASE, TRACKER, Source
 from megatron_r1.checkpoint.torch_dist import PartWriter, Record, finish, saved_nbytes
+from megatron_r1.errors import DataError
 from megatron_r1.model import fp8
 from megatron_r1.model.family import HFConfig, Rule
 from megatron_r1.model.hf_folder import QUANTIZATION, copy_companions, shard_names, write_index
@@ -125,10 +125,11 @@ class HuggingFaceTarget:
         if len(self._parts) > 1:
             files = {name: part.file for part in self._parts for name in self.specs(part)}
             write_index(folder, files, sum(part.nbytes for part in self._parts))
-        write_config(folder, self._config())
+        write_config(folder, self.config())
         copy_companions(folder, [self._source.folder])
 
-    def _config(self) -> HFConfig:
+    def config(self) -> HFConfig:
+        """`config.json`."""
         dtype = self._dtype or common_dtype(self._source)
         config = corrected_config(self._source.hf, dtype)
         if not self._scale_format:
@@ -175,7 +176,7 @@ class _Shard:
                 self._writer.put(name, weight)
                 self._writer.put(name + fp8.SCALE_SUFFIX, scale)
                 continue
-            value = tensor.to(spec.dtype)
+            value = rounded(name, tensor, spec.dtype)
             for stored in (name, *rule.copies):
                 self._writer.put(stored, value)
 
@@ -248,15 +249,25 @@ class _Part:
         place = self._source.places.places[rule.megatron]
         dtype = output_dtype(rule, self._source, self._dtype)
         for piece, block in zip(place.pieces, _blocks(rule, tensors, place.pieces), strict=True):
-            self._writer.put(piece, block.to(dtype).reshape(piece.shape))
+            self._writer.put(piece, rounded(rule.megatron, block, dtype).reshape(piece.shape))
 
     def close(self) -> list[Record]:
         return self._writer.close()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
-            self._writer.abandon()
         self._writer.abandon()
+
+
+def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        DataError: a number is too large for float16, whose largest is 65,504.
+    """
+    value = tensor.to(dtype)
+    if dtype is torch.float16 and value.isinf().any() and not tensor.isinf().any():
+        raise DataError(f"{name} holds {float(tensor.abs().max()):g}, too large for float16; bfloat16 holds it")
+    return value
 
 
 def output_dtype(rule: Rule, source: Source, dtype: torch.dtype | None) -> torch.dtype:
@@ -270,9 +281,13 @@ def common_dtype(source: Source) -> torch.dtype:
 
 
 def corrected_config(hf: HFConfig, dtype: torch.dtype) -> HFConfig:
-    """`config.json` for weights in `dtype`, under the key that it has for it (transformers 5 renamed it)."""
+    """`config.json` for weights in `dtype`, under the key that it has for it (transformers 5 renamed it).
+
+    Without `auto_map`: it names Python files that stood beside the weights, which are not copied.
+    """
     key = "dtype" if "dtype" in hf else "torch_dtype"
-    return {name: value for name, value in hf.items() if name != QUANTIZATION} | {key: str(dtype).split(".")[1]}
+    kept = {name: value for name, value in hf.items() if name not in {QUANTIZATION, "auto_map"}}
+    return kept | {key: str(dtype).split(".")[1]}
 
 
 def write_config(folder: Path, config: HFConfig) -> None:

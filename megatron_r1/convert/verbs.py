@@ -3,21 +3,28 @@
 import hashlib
 import json
 import os
+import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_r1 import __version__
-from megatron_r1.checkpoint.source import HuggingFaceSource, MegatronSource, Source, open_source
+from megatron_r1.checkpoint.source import MegatronSource, Source, megatron_checkpoint, open_source
+from megatron_r1.config.card import CardConfig
 from megatron_r1.config.convert import CastConfig, ConvertConfig, ExportConfig, HuggingFaceConfig, ImportConfig
+from megatron_r1.config.modelopt import QuantizeConfig
+from megatron_r1.convert.ancestry import find_lineage
+from megatron_r1.convert.card import CARD, Conversion, card
 from megatron_r1.convert.plan import Plan, check, check_room, make_plan, predicted_seconds, room, standing
 from megatron_r1.convert.progress import gigabytes
 from megatron_r1.convert.target import HuggingFaceTarget, MegatronTarget, Target
 from megatron_r1.convert.work import write_parts
 from megatron_r1.convert.workspace import Workspace, check_free
 from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.model.family import HFConfig
 from megatron_r1.report.catalogue import duration
 from megatron_r1.report.summary import SUMMARY, write_summary
 
@@ -39,21 +46,23 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     source = open_source(config.source, config.config, config.mtp)
     if not isinstance(source, MegatronSource):
         raise ConfigError(
-            f"{config.source} is not a Megatron checkpoint; `cast` makes one Hugging Face folder of another"
+            f"{config.source} is not a Megatron checkpoint; `cast` makes a Hugging Face folder of another, or of GGUF"
         )
+    if rows := source.padding():
+        print(f"{config.source}: leaves out the last {rows} rows of its vocabulary, which are padding")
     return _to_hugging_face(config, source, config.dtype)
 
 
 def run_cast(config: CastConfig) -> dict[str, Any]:
-    """A Hugging Face folder -> one in other numbers. See `_convert`."""
+    """A Hugging Face folder or a GGUF file -> a Hugging Face folder in other numbers. See `_convert`."""
     check_paths(config)
+    if config.source.is_dir() and megatron_checkpoint(config.source):
+        raise ConfigError(f"{config.source} is a Megatron checkpoint; `export` makes a Hugging Face folder of it")
     source = open_source(config.source, None, config.mtp)
-    if not isinstance(source, HuggingFaceSource):
-        raise ConfigError(f"{config.source} is not a Hugging Face folder; `export` makes one of a Megatron checkpoint")
     return _to_hugging_face(config, source, config.dtype)
 
 
-def check_paths(config: ConvertConfig) -> None:
+def check_paths(config: ConvertConfig | QuantizeConfig) -> None:
     """What can be told before anything is read.
 
     Raises:
@@ -81,18 +90,44 @@ def _to_hugging_face(config: HuggingFaceConfig, source: Source, dtype: str | Non
         config.scale_format if quantised else None,
         config.max_shard_bytes,
     )
-    return _convert(config, source, target)
+    return _convert(config, source, target, {CARD: card_text(_verb(config), config, source.folder, target.config())})
 
 
-def _convert(config: ConvertConfig, source: Source, target: Target) -> dict[str, Any]:
+def card_text(verb: str, config: HuggingFaceConfig | QuantizeConfig, source: Path, hf: HFConfig) -> str:
+    """The model card of a conversion's result.
+
+    Args:
+        verb: what makes it.
+        config: of the conversion.
+        source: where tokenizer, generation settings and perhaps another card stand.
+        hf: `config.json` of the result.
+
+    Raises:
+        DataError: a lineage or results that cannot be read.
+    """
+    section = CardConfig(**{name: getattr(config, name) for name in CardConfig.model_fields})
+    lineage = config.lineage or find_lineage(config.source)
+    named = section.model_copy(update={"name": config.name or config.output.resolve().name, "lineage": lineage})
+    return card(hf, source, named, Conversion(verb, config.source.resolve().name, __version__))
+
+
+def _convert(
+    config: ConvertConfig, source: Source, target: Target, texts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Convert, or say what a conversion would take.
+
+    Args:
+        config: of the conversion.
+        source: what is read.
+        target: what is written.
+        texts: files that stand beside the weights.
 
     Raises:
         ConfigError: no room on the disk, or another process is converting to the same output.
         DataError: the source is damaged, or the output cannot be written.
         OSError: the disk is full after all.
     """
-    output, verb = _output(config), type(config).__name__.removesuffix("Config").lower()
+    output, verb = _output(config), _verb(config)
     plan = make_plan(source, target, config.workers)
     figures = _figures(plan, output)
     space = Workspace(output, _identity(config, source))
@@ -105,23 +140,46 @@ def _convert(config: ConvertConfig, source: Source, target: Target) -> dict[str,
     begin = time.monotonic()
     with space.held():
         figures["resumed_parts"] = write_parts(plan, space, f"{verb} {config.source}", config.workers)
+        if _identity(config, source) != space.identity:
+            raise DataError(f"{config.source} has changed while it was read; run the command again")
         figures |= {"seconds": round(time.monotonic() - begin, 3), "peak_memory": peak_memory()}
-        named = {LINEAGE: {"verb": verb, **space.identity}} | ({SUMMARY: figures} if not config.folder else {})
-        space.publish(target, plan.parts, named)
+        lineage = {"verb": verb, **space.identity, "source": config.source.resolve().name}  # strangers read it
+        named = {LINEAGE: lineage} | ({SUMMARY: figures} if not config.folder else {})
+        documents = {name: json.dumps(value, indent=2) + "\n" for name, value in named.items()}
+        space.publish(target, plan.parts, {**(texts or {}), **documents})
+    print(ending(config, figures))
     return write_summary(config.output, figures)
+
+
+def ending(config: ConvertConfig, figures: dict[str, Any]) -> str:
+    """What was done, and the command that proves it."""
+    size, memory = gigabytes(figures["bytes_written"]), gigabytes(figures["peak_memory"])
+    took = f"{duration(figures['seconds'])}, at most {memory} of memory"
+    command = ["megatron-r1", "verify", str(config.source), str(_output(config))]
+    command += [f"--config={folder}"] if (folder := getattr(config, "config", None)) else []
+    command += [] if config.mtp else ["--no-mtp"]
+    command += ["--tolerance=0.04"] if getattr(config, "dtype", None) == "fp8" else []
+    lines = [
+        f"wrote {figures['output']}: {figures['tensors_written']:,} tensors, {size} in {took}",
+        f"compare the two: {shlex.join(command)}",
+    ]
+    return "\n".join(lines)
 
 
 def describe(verb: str, config: ConvertConfig, figures: dict[str, Any]) -> str:
     """The text of `--dry-run`."""
     memory, largest, needed, free = (gigabytes(figures[key]) for key in ("memory", "largest_tensor", "needed", "free"))
     written = f"{figures['tensors_written']:,} tensors, {figures['bytes_written']:,} bytes"
+    parts = f"{figures['parts']:,} part{'s' if figures['parts'] > 1 else ''}"
+    seconds = figures["seconds"]
+    time_needed = f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
     lines = [
         f"{verb} {config.source} -> {_output(config)}: {figures['architecture']}, nothing is written now",
         f"  reads    {figures['tensors_read']:,} tensors, {figures['bytes_read']:,} bytes",
-        f"  writes   {written} in {figures['parts']:,} parts",
+        f"  writes   {written} in {parts}",
         f"  memory   {memory} at most with {config.workers} workers; the largest tensor has {largest}",
         f"  disk     {needed} needed, {free} free" + (": not enough" if figures["needed"] > figures["free"] else ""),
-        f"  time     about {duration(figures['seconds'])}, if the disk reads as fast as it writes",
+        f"  time     {time_needed}, if the disk reads as fast as it writes",
     ]
     return "\n".join(lines)
 
@@ -148,9 +206,10 @@ def _figures(plan: Plan, output: Path) -> dict[str, Any]:
 
 def _identity(config: ConvertConfig, source: Source) -> dict[str, Any]:
     """What the result depends on; files by size and time of change, since hashing takes as long as converting."""
-    files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in source.files]
+    files = [(str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in source.files]
     digest = hashlib.sha256(json.dumps([files, source.hf], sort_keys=True).encode()).hexdigest()
-    options = config.model_dump(mode="json", exclude={"source", "output", "folder", "workers", "dry_run"})
+    other = {"source", "output", "folder", "workers", "dry_run", *CardConfig.model_fields}
+    options = config.model_dump(mode="json", exclude=other)
     return {
         "megatron_r1": __version__,
         "source": str(config.source.resolve()),
@@ -159,7 +218,11 @@ def _identity(config: ConvertConfig, source: Source) -> dict[str, Any]:
     }
 
 
-def _output(config: ConvertConfig) -> Path:
+def _verb(config: ConvertConfig) -> str:
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def _output(config: ConvertConfig | QuantizeConfig) -> Path:
     return config.output / config.folder
 
 

@@ -33,6 +33,10 @@ MEMORY = 2 << 30
 LONG = 1 << 30
 """Bytes from which on the progress is shown."""
 SHOWN = 20
+SHOWN_NAMES = 5
+"""Of those that only one has."""
+SHOWN_CLOSE = 3
+"""Of those that differ by less than is allowed."""
 
 
 @dataclass
@@ -99,26 +103,31 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     for side in ("a", "b"):
         its = result[side]
         _print(console, f"{its['sha256']}  {its['path']}: {its['tensors']:,} tensors, {gigabytes(its['bytes'])}")
-    _show_differences(console, result["differing"])
+    _show_differences(console, result["differing"], SHOWN_CLOSE if result["passed"] else SHOWN)
     for side in ("a", "b"):
-        _list(console, f"only in {result[side]['path']}", result[f"only_in_{side}"])
+        _list(console, f"only in {result[side]['path']}", result[f"only_in_{side}"], SHOWN_NAMES)
     _list(console, "problem", result["problems"])
-    for key, (ours, theirs) in result["config_differences"].items():
-        _print(console, f"config.json differs: {key} = {ours!r} and {theirs!r}")
+    keys = [f"{key} = {ours!r} and {theirs!r}" for key, (ours, theirs) in result["config_differences"].items()]
+    _list(console, "config.json differs", keys)
     if text := result["text"]:
-        _print(
-            console,
-            f"on {text['tokens']:,} tokens of text: largest difference of logits {text['max_difference']:.3g}, "
-            f"KL divergence {text['kl_mean']:.3g} nats in the mean and {text['kl_max']:.3g} at most, same first choice "
-            f"at {100 * text['top1_agreement']:.2f} %, loss {text['loss_a']:.6f} and {text['loss_b']:.6f} nats",
+        console.print(f"logits on {text['tokens']:,} tokens of text:", highlight=False)
+        console.print(f"  largest difference  {text['max_difference']:.3g}", highlight=False)
+        console.print(
+            f"  KL(a || b)          {text['kl_mean']:.3g} nats, at most {text['kl_max']:.3g}", highlight=False
         )
+        console.print(f"  same likeliest      {100 * text['top1_agreement']:.2f} % of tokens", highlight=False)
+        console.print(f"  loss                {text['loss_a']:.6f} and {text['loss_b']:.6f} nats", highlight=False)
+    alone = len(result["only_in_a"]) + len(result["only_in_b"])
     verdict = f"{result['equal']:,} equal, {len(result['differing']):,} differ"
+    verdict += f", {alone:,} in one of them only" if alone else ""
     if result["identical"]:
         console.print(f"identical: {verdict}", style="bold green", highlight=False)
     elif result["close"] and result["tolerance"]:
         console.print(f"close: {verdict}, all within {result['tolerance']:g}", style="bold green", highlight=False)
     else:
-        console.print(f"not identical: {verdict}", style="bold red", highlight=False)
+        console.print(
+            f"not identical: {verdict}{_next_step(result)}", style="bold red", highlight=False, soft_wrap=True
+        )
 
 
 def _sides(config: VerifyConfig) -> tuple[Side, Side]:
@@ -177,26 +186,34 @@ def _config_differences(a: Side, b: Side) -> dict[str, list[Any]]:
     return {key: [a.hf.get(key), b.hf.get(key)] for key in keys if a.hf.get(key) != b.hf.get(key)}
 
 
-def _show_differences(console: Console, differing: Sequence[dict[str, Any]]) -> None:
+def _show_differences(console: Console, differing: Sequence[dict[str, Any]], shown: int) -> None:
     """Those that lie furthest apart first."""
     worst = sorted(differing, key=lambda one: -(math.inf if one["relative_error"] is None else one["relative_error"]))
-    for one in worst[:SHOWN]:
+    for one in worst[:shown]:
         dtypes = " and ".join(dict.fromkeys(one["dtypes"]))
         if one["shapes"][0] != one["shapes"][1]:
             apart = "shapes {} and {}".format(*one["shapes"])
         elif one["relative_error"] is None:
             apart = "not comparable: zero, infinite or not a number"
         else:
-            apart = f"at most {one['max_difference']:.3g}, relative error {one['relative_error']:.3g}"
+            apart = f"relative error {one['relative_error']:.3g}, largest difference {one['max_difference']:.3g}"
         _print(console, f"differs: {one['name']} ({dtypes}): {apart}")
-    if more := len(worst[SHOWN:]):
+    if more := len(worst[shown:]):
         _print(console, f"differs: {more:,} more; --json lists all")
 
 
-def _list(console: Console, label: str, lines: Sequence[str]) -> None:
-    for line in lines[:SHOWN]:
+def _next_step(result: dict[str, Any]) -> str:
+    """What accepts a difference that is of rounding only."""
+    errors = [one["relative_error"] for one in result["differing"]]
+    if result["only_in_a"] or result["only_in_b"] or result["problems"] or not errors or None in errors:
+        return ""
+    return f", the worst by a relative error of {max(errors):.3g}; --tolerance allows for rounding"
+
+
+def _list(console: Console, label: str, lines: Sequence[str], shown: int = SHOWN) -> None:
+    for line in lines[:shown]:
         _print(console, f"{label}: {line}")
-    if more := len(lines[SHOWN:]):
+    if more := len(lines[shown:]):
         _print(console, f"{label}: {more:,} more; --json lists all")
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,17 @@ class Workspace:
         """Note that a part stands in its place."""
         write_json(self._record(part), {"size": (self.folder / part.file).stat().st_size, "records": records})
 
-    def publish(self, target: Target, parts: list[Part], figures: dict[str, dict[str, Any]]) -> None:
+    def publish(self, target: Target, parts: list[Part], texts: Mapping[str, str]) -> None:
         """Complete the output and give it its name.
 
         Args:
             target: writes what is no tensor.
             parts: all of them, finished.
-            figures: JSON files that stand beside the weights.
+            texts: files that stand beside the weights.
         """
         target.finish(self.folder, (record for part in parts for record in _read(self._record(part))["records"]))
-        for name, value in figures.items():
-            write_json(self.folder / name, value)
+        for name, text in texts.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
         for path in [*self.folder.rglob("*")]:
             if path.suffix == ".partial":  # of a run that was killed
                 path.unlink()

@@ -25,13 +25,15 @@ COMPANIONS = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "LICENSE",
 )
 """Files of a model folder that training does not change."""
 
 SHARD_BYTES = 5_000_000_000
 QUANTIZATION = "quantization_config"
 
-_SCALE_DTYPES = (torch.float32, torch.bfloat16)
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+"""DeepSeek's own (V3.1's powers of two too), Qwen3's, and powers of two as they are in one byte."""
 _UNSCALED = (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
@@ -43,12 +45,12 @@ def read_config(folder: Path) -> HFConfig:
     """
     path = folder / "config.json"
     try:
-        config: HFConfig = json.loads(path.read_text())
+        config: HFConfig = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}; a model folder needs a Hugging Face config.json"
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not config.get("architectures"):
         raise DataError(f"{path} names no architecture (key 'architectures')")
@@ -143,7 +145,9 @@ class TensorReader:
                 "a tensor is missing, or it is quantised in another way than by DeepSeek's blocks"
             )
         if scale.dtype not in _SCALE_DTYPES:
-            raise DataError(f"{scale.path}: {scale.name} is {scale.dtype}; a scale is float32 or bfloat16")
+            raise DataError(
+                f"{scale.path}: {scale.name} is {scale.dtype}; a scale is float32, bfloat16 or float8_e8m0fnu"
+            )
         if len(weight.shape) != 2:
             raise DataError(
                 f"{weight.path}: {weight.name} is FP8 of shape {list(weight.shape)}; only matrices have blocks"
@@ -187,7 +191,7 @@ def write(
         quantized = write_shards(aside, tensors, max_shard_bytes)
         if not quantized:
             config = {key: value for key, value in config.items() if key != QUANTIZATION}
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(aside, sources)
         _exchange(aside, folder, old)
     except OSError as error:
@@ -271,7 +275,7 @@ def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
         total: size of all tensors in bytes.
     """
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _exchange(new: Path, folder: Path, old: Path) -> None:
@@ -292,7 +296,10 @@ def _block(folder: Path) -> tuple[int, int]:
     """Rows and columns that share a scale, from `config.json` where it says so."""
     if not (folder / "config.json").exists():
         return fp8.BLOCK
-    size = (read_config(folder).get(QUANTIZATION) or {}).get("weight_block_size") or fp8.BLOCK
+    quantization = read_config(folder).get(QUANTIZATION) or {}
+    if not isinstance(quantization, dict):
+        raise DataError(f"{folder / 'config.json'}: {QUANTIZATION} = {quantization!r} must be an object")
+    size = quantization.get("weight_block_size") or fp8.BLOCK
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise DataError(f"{folder / 'config.json'}: weight_block_size = {size!r} must be two whole numbers above 0")
     return size[0], size[1]

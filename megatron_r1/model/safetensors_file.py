@@ -45,6 +45,7 @@ DTYPES = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the reference reader's own limit
+_MAX_AXES, _MAX_SIZE = 64, 2**63 - 1  # torch's
 _METADATA = "__metadata__"
 
 
@@ -168,7 +169,11 @@ class Writer:
             if name not in self._missing:
                 raise DataError(f"{self.path}: tensor {name} was given twice")
             self._missing.remove(name)
-        self._write(_bytes(tensor.detach().cpu().contiguous()), self._offsets[name])
+        try:
+            self._write(_bytes(tensor.detach().cpu().contiguous()), self._offsets[name])
+        except BaseException:
+            self._missing.add(name)  # or `close` would take what stands there now for the tensor
+            raise
 
     def close(self) -> None:
         """Finish the file: it is on the disk when this returns.
@@ -188,8 +193,10 @@ class Writer:
 
     def abort(self) -> None:
         """Give up: the file is removed."""
-        os.close(self._descriptor)
-        self.path.unlink(missing_ok=True)
+        try:
+            os.close(self._descriptor)
+        finally:
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -224,11 +231,12 @@ class Writer:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        "".join(header).encode()  # names may be no text all the same: JSON can escape half a character
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
+        raise DataError(f"{path} is not a safetensors file: its header is not JSON in UTF-8 ({error})") from error
     header.pop(_METADATA, None)
     result: dict[str, Any] = header
     return result
@@ -254,6 +262,9 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise DataError(f"{path}: {name} has dtype {kind!r}, which is not one of {', '.join(DTYPES)}")
+    extents = tuple(size for size in shape if size)  # of empty tensors too: torch counts the bytes of theirs
+    if len(shape) > _MAX_AXES or max((*shape, end)) > _MAX_SIZE or Spec(dtype, extents).nbytes > _MAX_SIZE:
+        raise DataError(f"{path}: the header's entry of {name} has a size that no tensor has")
     if end - begin != (expected := Spec(dtype, shape).nbytes):
         raise DataError(f"{path}: {name} {kind} {list(shape)} takes {expected} bytes, but has {end - begin}")
     return Entry(name, dtype, shape, path, start + begin, end - begin)

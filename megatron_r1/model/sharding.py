@@ -1,8 +1,11 @@
 """Where each tensor of a model stands in a distributed checkpoint, asked of the GPTModel itself without its weights."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from megatron_r1.errors import DataError
 from megatron_r1.model.build import build_skeleton
 from megatron_r1.model.family import HFConfig
 
@@ -40,7 +44,7 @@ class Place:
 class Layout:
     """A whole model's places."""
 
-    places: dict[str, Place]
+    places: Mapping[str, Place]
     """By the module's own names, which are those of `Rule.megatron`."""
     objects: tuple[str, ...]
     """Unique keys of the empty `_extra_state` objects, without which Megatron refuses to load a checkpoint."""
@@ -60,10 +64,16 @@ def layout(hf: HFConfig, style: Mapping[str, bool] | None = None) -> Layout:
     Raises:
         DataError: unsupported architecture or value.
     """
-    stored = getattr(torch, str(hf.get("torch_dtype") or hf.get("dtype") or "bfloat16").removeprefix("torch."))
+    return _layout(json.dumps(hf, sort_keys=True), tuple(sorted(key for key, on in (style or {}).items() if on)))
+
+
+@lru_cache(maxsize=2)  # a verb asks for that of each of its checkpoints, which are often of one model
+def _layout(config: str, switches: tuple[str, ...]) -> Layout:
+    hf: HFConfig = json.loads(config)
+    stored = _stored_dtype(hf)
     with _one_process():
         model = build_skeleton(hf)
-        sharded = model.sharded_state_dict(prefix="", metadata=dict(style or {}))
+        sharded = model.sharded_state_dict(prefix="", metadata=dict.fromkeys(switches, True))
     places, objects = {}, []
     for name, entry in sharded.items():
         if isinstance(entry, ShardedObject):
@@ -71,7 +81,15 @@ def layout(hf: HFConfig, style: Mapping[str, bool] | None = None) -> Layout:
         else:
             dtype = torch.float32 if entry.data.dtype == torch.float32 else stored
             places[name] = Place(tuple(entry.data.shape), dtype, tuple(_piece(part) for part in _parts(entry)))
-    return Layout(places, tuple(objects))
+    return Layout(MappingProxyType(places), tuple(objects))
+
+
+def _stored_dtype(hf: HFConfig) -> torch.dtype:
+    name = hf.get("torch_dtype") or hf.get("dtype") or "bfloat16"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise DataError(f"config.json: torch_dtype = {name!r} is no dtype of torch's, such as 'bfloat16'")
+    return dtype
 
 
 def _parts(entry: Any) -> list[ShardedTensor]:

@@ -59,10 +59,10 @@ def _check_files(folder: Path, present: list[str], listed: Mapping[str, str] | N
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        files: Any = json.loads(path.read_text())["weight_map"]
+        files: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not an index of safetensors files: it has no 'weight_map'") from error
     if not isinstance(files, dict) or not all(_is_file_name(file) for file in files.values()):
         raise DataError(f"{path}: its 'weight_map' must give a file name of this folder for every tensor")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_r1.checkpoint.source import weights
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.runs import CriticSection, RLConfig
 from megatron_r1.loss.value import Value
@@ -33,7 +34,7 @@ class Critic:
     def __init__(self, config: RLConfig, section: CriticSection) -> None:
         self._config, self._section = config, section
         model = config.model.model_copy(update={"path": self._path, "mtp_loss_coef": 0.0})
-        built = build_model(model, config.rollout.max_model_len, head="scalar")
+        built = build_model(model, config.rollout.max_model_len, head="scalar", weights=weights(model.path))
         updates = config.steps * config.minibatches * section.epochs
         self.scorer = Scorer(built, section.optim, updates)
         self.loss = Value(Value.Config(value_clip=section.value_clip))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,25 @@ MakePolicy = Callable[..., Policy]
 @pytest.fixture
 def make_policy(tmp_path: Path) -> MakePolicy:
     """A policy with random weights; `changes` go into its config.json."""
+    return partial(_make, tmp_path)
 
-    def make(seed: int = 0, optim: OptimSection = OPTIM, updates: int = 10, **changes: object) -> Policy:
-        config = json.loads((MODEL / "config.json").read_text()) | changes
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        initialize(ParallelSection(), seed)
-        section = PolicySection(
-            path=tmp_path, load_weights=False, dtype="float32", init_std=0.05, mtp_loss_coef=0.1, bias_update_rate=1e-3
-        )
-        return Policy(build_model(section, 64), optim, updates)
 
-    return make
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """One of two layers after one step, because Adam has nothing to save before."""
+    policy = _make(tmp_path_factory.mktemp("small"), num_hidden_layers=2)
+    train(policy, 0, 1)
+    return policy
+
+
+def _make(folder: Path, seed: int = 0, optim: OptimSection = OPTIM, updates: int = 10, **changes: object) -> Policy:
+    config = json.loads((MODEL / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    initialize(ParallelSection(), seed)
+    section = PolicySection(
+        path=folder, load_weights=False, dtype="float32", init_std=0.05, mtp_loss_coef=0.1, bias_update_rate=1e-3
+    )
+    return Policy(build_model(section, 64), optim, updates)
 
 
 def train(policy: Policy, first: int, steps: int) -> list[dict[str, float]]:

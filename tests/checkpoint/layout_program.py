@@ -43,6 +43,8 @@ COLUMN = ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj
           "linear_kv_up_proj", "word_embeddings", "output_layer", "eh_proj")  # fmt: skip
 """Layers whose rows are dealt to the tensor-parallel ranks; of `ROW` layers it is the columns."""
 ROW = ("linear_proj", "linear_fc2")
+DONE = "done"
+"""What is put into the output of a job that has succeeded."""
 
 
 def chunk(folder: Path, layout: dict[str, int], stage: int | None) -> GPTModel:
@@ -135,19 +137,15 @@ def work(rank: int, world: int, layout: dict[str, int], job: dict[str, Any], mee
     metadata = job["style"] | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = {key: model.sharded_state_dict(prefix="", metadata=metadata) for key, (model, _) in models.items()}
     reference = torch.load(job["reference"], weights_only=True)
-    if job["checkpoint"]:
-        loaded = dist_checkpointing.load(state, job["checkpoint"], strict="raise_all")
-        for key, (model, _) in models.items():
-            model.load_state_dict(loaded[key])
+    loaded = dist_checkpointing.load(state, job["checkpoint"], strict="raise_all")
+    for key, (model, _) in models.items():
+        model.load_state_dict(loaded[key])
     for model, stage in models.values():
         for name, tensor in weights(model).items():
             wanted = own_slice(name, reference[global_name(name, model, stage)])
-            if job["checkpoint"]:
-                assert torch.equal(tensor, wanted), name
-            tensor.copy_(wanted)
-    if job["output"]:
-        state = {key: model.sharded_state_dict(prefix="", metadata=metadata) for key, (model, _) in models.items()}
-        dist_checkpointing.save(state, job["output"])
+            assert torch.equal(tensor, wanted), name
+    state = {key: model.sharded_state_dict(prefix="", metadata=metadata) for key, (model, _) in models.items()}
+    dist_checkpointing.save(state, job["output"])
     dist.barrier()
 
 
@@ -161,25 +159,35 @@ def guarded(*arguments: Any) -> None:
         raise SystemExit(1) from None
 
 
+def run(job: dict[str, Any], meeting: Path) -> None:
+    """One job, its processes forked, so that Megatron is imported once."""
+    layout = {"tp": 1, "pp": 1, "vpp": 1, "ep": 1, "etp": 1} | job["layout"]
+    world, context = job["processes"], multiprocessing.get_context("fork")
+    arguments = (world, layout, job, str(meeting))
+    ranks = [context.Process(target=guarded, args=(rank, *arguments)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        if process.exitcode != 0:
+            for other in ranks:
+                other.kill()
+            raise ChildProcessError(
+                f"{job['checkpoint']} under {job['layout']}: a process ended with {process.exitcode}"
+            )
+
+
 def main(jobs: Path) -> None:
-    """All jobs, one after another."""
+    """All jobs, one after another; a job's output is marked where it has succeeded."""
     keep_results_in_process()
     refuse_foreign_pickles()
-    context = multiprocessing.get_context("fork")
     for number, job in enumerate(json.loads(jobs.read_text())):
-        layout = {"tp": 1, "pp": 1, "vpp": 1, "ep": 1, "etp": 1} | job["layout"]
-        world = job["processes"]
-        meeting = str(jobs.with_name(f"meeting_{number}"))
-        ranks = [context.Process(target=guarded, args=(rank, world, layout, job, meeting)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-            if process.exitcode != 0:
-                for other in ranks:
-                    other.kill()
-                raise SystemExit(f"{job['layout']}: a process ended with {process.exitcode}")
-        print(json.dumps(job["layout"]), flush=True)
+        try:
+            run(job, jobs.with_name(f"meeting_{number}"))
+        except ChildProcessError as error:
+            print(error, file=sys.stderr)
+        else:
+            (Path(job["output"]) / DONE).touch()
 
 
 if __name__ == "__main__":

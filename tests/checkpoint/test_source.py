@@ -101,7 +101,7 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         open_source(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match=r"is neither a folder nor a \.gguf file"):
         open_source(tmp_path / "file")
     with pytest.raises(DataError, match=r"config\.json"):
         open_source(tmp_path)

@@ -1,6 +1,7 @@
 """Saving and loading: everything comes back bit for bit, and what cannot be used is refused by name."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,22 @@ def all_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def small(make_policy: MakePolicy) -> Policy:
-    """After one step, because Adam has nothing to save before."""
-    policy = make_policy(num_hidden_layers=2)
-    train(policy, 0, 1)
-    return policy
-
-
 def store(folder: Path, every: int = 1, keep: int = 2, seed: int = 0) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", CheckpointSection(every=every, keep=keep), {"seed": seed})
+
+
+@pytest.fixture
+def saved(once_saved: Path, tmp_path: Path) -> Checkpoints:
+    """Step 1 of `small`, this test's own."""
+    shutil.copytree(once_saved, tmp_path, dirs_exist_ok=True)
+    return store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def once_saved(small: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    store(folder).save(1, small.trainable, {}, {})
+    return folder
 
 
 def names(checkpoints: Checkpoints) -> list[str]:
@@ -87,12 +95,10 @@ def test_the_run_file_sets_the_schedule_of_a_resumed_run(make_policy: MakePolicy
 
 
 @pytest.mark.parametrize(
-    ("every", "keep", "total", "kept"), [(10, 2, 25, [20, 25]), (10, 1, 25, [25]), (1, 3, 2, [1, 2])]
+    ("every", "keep", "total", "kept"), [(10, 2, 25, [20, 25]), (10, 1, 15, [15]), (1, 3, 2, [1, 2])]
 )
-def test_the_newest_are_kept(
-    make_policy: MakePolicy, tmp_path: Path, every: int, keep: int, total: int, kept: list[int]
-) -> None:
-    checkpoints, policy = store(tmp_path, every, keep), small(make_policy)
+def test_the_newest_are_kept(small: Policy, tmp_path: Path, every: int, keep: int, total: int, kept: list[int]) -> None:
+    checkpoints, policy = store(tmp_path, every, keep), small
     for done in range(1, total + 1):
         if checkpoints.due(done, total):
             checkpoints.save(done, policy.trainable, {}, {})
@@ -104,8 +110,8 @@ def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert store(tmp_path).latest() is None
 
 
-def test_what_a_killed_run_left_is_ignored_and_cleared_away(make_policy: MakePolicy, tmp_path: Path) -> None:
-    checkpoints, policy = store(tmp_path), small(make_policy)
+def test_what_a_killed_run_left_is_ignored_and_cleared_away(small: Policy, tmp_path: Path) -> None:
+    checkpoints, policy = store(tmp_path), small
     for name in ("step_00000007.partial", "step_00000009.partial", "notes"):
         (checkpoints.folder / name).mkdir(parents=True)
         (checkpoints.folder / name / "half").write_text("written")
@@ -116,9 +122,9 @@ def test_what_a_killed_run_left_is_ignored_and_cleared_away(make_policy: MakePol
     assert not (checkpoints.folder / "step_00000007/half").exists()
 
 
-def test_a_step_may_be_saved_again(make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_a_step_may_be_saved_again(small: Policy, tmp_path: Path) -> None:
     """A critic's is, where the run was killed before the policy's checkpoint of that step was whole."""
-    checkpoints, policy = store(tmp_path), small(make_policy)
+    checkpoints, policy = store(tmp_path), small
     checkpoints.save(1, policy.trainable, {}, {"figure": 1.0})
     checkpoints.save(1, policy.trainable, {}, {"figure": 2.0})
     assert checkpoints.load(1, policy.trainable, {}) == {"figure": 2.0}
@@ -139,31 +145,26 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "emptied", "lost", "garbage"])
-def test_a_damaged_checkpoint_is_named(make_policy: MakePolicy, tmp_path: Path, how: str) -> None:
-    checkpoints, policy = store(tmp_path), small(make_policy)
-    checkpoints.save(1, policy.trainable, {}, {})
-    damage(checkpoints.folder / "step_00000001", how)
-    with pytest.raises(DataError, match=rf"{re.escape(str(checkpoints.folder))}/step_00000001.*delete it"):
-        checkpoints.load(1, policy.trainable, {})
+def test_a_damaged_checkpoint_is_named(small: Policy, saved: Checkpoints, how: str) -> None:
+    damage(saved.folder / "step_00000001", how)
+    with pytest.raises(DataError, match=rf"{re.escape(str(saved.folder))}/step_00000001.*delete it"):
+        saved.load(1, small.trainable, {})
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 32}, {"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"num_nextn_predict_layers": 0}],
+    [{"hidden_size": 32}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"num_nextn_predict_layers": 0}],
 )
 def test_a_checkpoint_of_another_model_is_refused(
-    make_policy: MakePolicy, tmp_path: Path, changes: dict[str, object]
+    saved: Checkpoints, make_policy: MakePolicy, changes: dict[str, object]
 ) -> None:
-    checkpoints, policy = store(tmp_path), make_policy()
-    train(policy, 0, 1)
-    checkpoints.save(1, policy.trainable, {}, {})
+    other = make_policy(**({"num_hidden_layers": 2} | changes))
     with pytest.raises(DataError, match=r"step_00000001.*of another model"):
-        checkpoints.load(1, make_policy(**changes).trainable, {})
+        saved.load(1, other.trainable, {})
 
 
-def test_a_run_with_another_seed_does_not_go_on_from_it(make_policy: MakePolicy, tmp_path: Path) -> None:
-    policy = small(make_policy)
-    store(tmp_path).save(1, policy.trainable, {}, {})
+def test_a_run_with_another_seed_does_not_go_on_from_it(small: Policy, saved: Checkpoints, tmp_path: Path) -> None:
+    policy = small
     before = [param.clone() for param in policy.trainable.module.parameters()]
     train(policy, 1, 1)
     moved = [param.clone() for param in policy.trainable.module.parameters()]

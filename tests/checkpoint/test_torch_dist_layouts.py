@@ -15,6 +15,7 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.mapping import weights
 from megatron_r1.model.parallel import initialize
 from megatron_r1.model.sharding import Layout, layout
+from tests.checkpoint.layout_program import DONE
 from tests.model.dense_models import MODELS, SHAPE
 from tests.model.moe_models import MOE_MODELS
 
@@ -66,50 +67,59 @@ def read(folder: Path, hf: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("name", "layouts", "style"),
-    [
-        ("deepseek", MOE, {}),
-        ("qwen3", DENSE, {}),
-        ("llama_tied", DENSE[1:], {}),
-        ("qwen3_moe", [(2, {"tp": 2, "ep": 2}), (4, {"pp": 2, "ep": 2})], {}),
-        ("qwen3", DENSE[:1], {"non_homogeneous_layers": True}),
-        ("deepseek", MOE[2:3], {"singleton_local_shards": True}),
-    ],
-    ids=["deepseek", "qwen3", "llama_tied", "qwen3_moe", "qwen3_by_layer", "deepseek_by_expert"],
-)
-def test_any_layout(
-    name: str, layouts: list[tuple[int, dict[str, int]]], style: dict[str, bool], tmp_path: Path
-) -> None:
+CASES: dict[str, tuple[str, list[tuple[int, dict[str, int]]], dict[str, bool]]] = {
+    "deepseek": ("deepseek", MOE, {}),
+    "qwen3": ("qwen3", DENSE, {}),
+    "llama_tied": ("llama_tied", DENSE[1:], {}),
+    "qwen3_moe": ("qwen3_moe", [(2, {"tp": 2, "ep": 2}), (4, {"pp": 2, "ep": 2})], {}),
+    "qwen3_by_layer": ("qwen3", DENSE[:1], {"non_homogeneous_layers": True}),
+    "deepseek_by_expert": ("deepseek", MOE[2:3], {"singleton_local_shards": True}),
+}
+"""Model, layouts (processes, sizes), switches of Megatron's."""
+
+
+def prepare(folder: Path, name: str, style: dict[str, bool]) -> None:
+    """Write config.json, all tensors as `reference.pt`, and our own checkpoint of them as `ours`."""
+    folder.mkdir()
     hf = config_of(name)
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    initialize(ParallelSection(), seed=0)
-    section = ModelSection(path=tmp_path, load_weights=False, dtype="float32", init_std=0.1, mtp_loss_coef=0.1)
+    (folder / "config.json").write_text(json.dumps(hf))
+    section = ModelSection(path=folder, load_weights=False, dtype="float32", init_std=0.1, mtp_loss_coef=0.1)
     tensors = {key: torch.randn_like(tensor) for key, tensor in weights(build_model(section, 64).module).items()}
     tensors = {key: tensor for key, tensor in tensors.items() if key in layout(hf).places}
     if hf.get("tie_word_embeddings"):
         tensors["output_layer.weight"] = tensors["embedding.word_embeddings.weight"]
-    torch.save(tensors, tmp_path / "reference.pt")
-    save(tmp_path / "ours", layout(hf, style), tensors)
-    jobs = []
-    for number, (processes, parallel) in enumerate(layouts):
-        (tmp_path / f"theirs_{number}").mkdir()
-        jobs.append(
-            {
-                "config": str(tmp_path),
-                "reference": str(tmp_path / "reference.pt"),
-                "processes": processes,
-                "layout": parallel,
-                "style": style,
-                "checkpoint": str(tmp_path / "ours"),
-                "output": str(tmp_path / f"theirs_{number}"),
-            }
-        )
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.checkpoint.layout_program", str(tmp_path / "jobs.json")]
+    torch.save(tensors, folder / "reference.pt")
+    save(folder / "ours", layout(hf, style), tensors)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the program has loaded ours and saved its own for every layout of every case."""
+    root, jobs = tmp_path_factory.mktemp("layouts"), []
+    initialize(ParallelSection(), seed=0)
+    for case, (name, layouts, style) in CASES.items():
+        folder = root / case
+        prepare(folder, name, style)
+        for number, (processes, parallel) in enumerate(layouts):
+            (folder / f"theirs_{number}").mkdir()
+            job = {"processes": processes, "layout": parallel, "style": style, "config": str(folder)}
+            files = {"reference": "reference.pt", "checkpoint": "ours", "output": f"theirs_{number}"}
+            jobs.append(job | {key: str(folder / file) for key, file in files.items()})
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.checkpoint.layout_program", str(root / "jobs.json")]
     subprocess.run(command, cwd=ROOT, check=True)
-    for number in range(len(layouts)):
-        found = read(tmp_path / f"theirs_{number}", hf)
-        assert {key for key in found if not torch.equal(found[key], tensors[key])} == set()
-        assert found.keys() == layout(hf).places.keys()
+    return root
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [(case, number) for case, (_, layouts, _) in CASES.items() for number in range(len(layouts))],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_any_layout(done: Path, case: str, number: int) -> None:
+    theirs, hf = done / case / f"theirs_{number}", config_of(CASES[case][0])
+    assert (theirs / DONE).exists(), f"{CASES[case][1][number]}: see the program's errors"
+    found, tensors = read(theirs, hf), torch.load(done / case / "reference.pt", weights_only=True)
+    assert found.keys() == layout(hf).places.keys()
+    assert {key for key in found if not torch.equal(found[key], tensors[key])} == set()

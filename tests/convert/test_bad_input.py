@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.config.convert import CastConfig, ExportConfig, ImportConfig
+from megatron_r1.convert import verbs
 from megatron_r1.convert.verbs import run_cast, run_export, run_import
+from megatron_r1.convert.work import write_parts
 from megatron_r1.errors import UserError
 from tests.convert.invented import FP8, contents, tiny, write
 
@@ -114,7 +116,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     wrong_shape: r"model.norm.weight has shape \[64\], but config.json makes it \[128\]",
     wrong_dtype: r"model.norm.weight is stored in float16, but config.json says bfloat16",
     unknown_architecture: r"'Gpt5ForCausalLM' is not supported",
-    no_config: r"cannot read .*config.json",
+    no_config: r"has no config\.json",
 }
 
 
@@ -165,6 +167,24 @@ def unprivileged(tmp_path: Path) -> Iterator[None]:
     os.seteuid(NOBODY)
     yield
     os.seteuid(0)
+
+
+def test_a_source_that_changes_while_it_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts could be of two checkpoints."""
+    config = ImportConfig(source=folder, output=tmp_path / "out")
+
+    def and_change(*arguments: object) -> int:
+        done = write_parts(*arguments)  # type: ignore[arg-type]
+        change(folder, "model.norm.weight", torch.zeros(128, dtype=torch.bfloat16))
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(verbs, "write_parts", and_change)
+        with pytest.raises(UserError, match="has changed while it was read"):
+            run_import(config)
+    assert not (tmp_path / "out").exists()
+    run_import(config)
+    assert (tmp_path / "out/config.json").exists()
 
 
 def test_a_target_that_is_read_only(folder: Path, tmp_path: Path, unprivileged: None) -> None:

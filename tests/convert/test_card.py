@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from megatron_r1.config.inspect import CardSection
-from megatron_r1.convert.card import card, chat_template, write_card
+from megatron_r1.config.card import CardConfig
+from megatron_r1.convert.card import Conversion, card, chat_template
 from megatron_r1.errors import DataError
 from megatron_r1.recipe.hashes import folder_hash
 
@@ -84,8 +84,8 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_metadata_as_the_hub_reads_it(recipe: Path) -> None:
-    write_card(recipe / "r1/hf", CardSection(license="mit", base_model="lab/base", language=["en", "zh"]))
-    data = ModelCard.load(recipe / "r1/hf/README.md").data
+    section = CardConfig(license="mit", base_model="lab/base", language=["en", "zh"])
+    data = ModelCard(card(HF, recipe / "r1/hf", section)).data
     assert data.license == "mit"
     assert data.base_model == "lab/base"
     assert data.language == ["en", "zh"]
@@ -99,7 +99,7 @@ def test_metadata_as_the_hub_reads_it(recipe: Path) -> None:
 
 
 def test_lineage_and_results(recipe: Path) -> None:
-    text = card(HF, recipe / "r1/hf", "mit")
+    text = card(HF, recipe / "r1/hf", CardConfig(license="mit"))
     assert "# r1\n" in text
     assert f"| `base/hf` | `{json.loads((recipe / 'r1/lineage.json').read_text())['inputs']['base']['hf']}` |" in text
     assert f"`{sha('key of r1')}`" in text
@@ -142,19 +142,47 @@ def test_figures_of_other_weights_are_left_out(recipe: Path) -> None:
 def test_lineage_of_an_exported_folder_is_given(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert "No recipe's record" in card(HF, tmp_path / "out")
-    assert f"`{sha('key of r1')}`" in card(HF, tmp_path / "out", lineage=recipe / "r1/lineage.json")
+    text = card(HF, tmp_path / "out", CardConfig(lineage=recipe / "r1/lineage.json"))
+    assert f"`{sha('key of r1')}`" in text
+
+
+def test_without_lineage_it_says_what_it_was_converted_from(tmp_path: Path) -> None:
+    text = card(HF, tmp_path, CardConfig(name="smol"), Conversion("cast", "smol.gguf", "0.1.0"))
+    assert "# smol\n" in text
+    assert "written by `megatron-r1 cast` (megatron-r1 0.1.0) from `smol.gguf`.\n\n## How to use it" in text
+    assert "No recipe's record" not in text
+    assert "reasoning" not in text
+    assert "temperature" not in text  # nothing is known of how it samples best
+    assert "\n\n\n" not in text
+
+
+def test_what_the_card_of_the_source_says_holds_on(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: x\nlanguage: [de]\ntags: [old]\n---\n# Old\n"
+    )
+    data = ModelCard(card(HF, tmp_path)).data
+    assert (data.license, data.license_name, data.language) == ("other", "x", ["de"])
+    assert "old" not in data.tags
+    data = ModelCard(card(HF, tmp_path, CardConfig(license="mit", language=["fr"]))).data
+    assert (data.license, data.get("license_name"), data.language) == ("mit", None, ["fr"])
+
+
+@pytest.mark.parametrize("text", ["# no metadata", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---", "\xff---"])
+def test_another_card_of_the_source_is_no_obstacle(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+    assert "| License | none was given |" in card(HF, tmp_path)
 
 
 def test_results_of_the_harness(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     tasks = {"gsm8k": {"version": 3, "questions": 1319, "exact_match,strict": 0.5, "exact_match_error,strict": 0.01}}
     file.write_text(json.dumps({"harness": "lm_eval 0.4.13", "tasks": tasks, "groups": {}}))
-    text = card(HF, tmp_path, section=CardSection(results=[file]))
+    text = card(HF, tmp_path, section=CardConfig(results=[file]))
     assert "| gsm8k | exact_match,strict | 50.0 ± 2.0 % | 1,319 |" in text
     assert "lm_eval 0.4.13" in text
     file.write_text("[]")
     with pytest.raises(DataError, match=r"results\.json"):
-        card(HF, tmp_path, section=CardSection(results=[file]))
+        card(HF, tmp_path, section=CardConfig(results=[file]))
 
 
 def test_a_reward_model(tmp_path: Path) -> None:
@@ -185,4 +213,4 @@ def test_a_record_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lineage\.json is not the lineage"):
         card(HF, tmp_path)
     with pytest.raises(DataError, match="No such file"):
-        card(HF, tmp_path, lineage=tmp_path / "gone.json")
+        card(HF, tmp_path, CardConfig(lineage=tmp_path / "gone.json"))

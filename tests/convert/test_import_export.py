@@ -5,22 +5,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from megatron_r1.checkpoint.source import MegatronSource, open_source
 from megatron_r1.config.convert import CastConfig, ExportConfig, ImportConfig
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.convert.verbs import run_cast, run_export, run_import
-from megatron_r1.errors import DataError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.mapping import weights
 from megatron_r1.model.parallel import initialize
 from tests.convert.invented import FP8, contents, same, tensors, tiny, write
 from tests.model.dense_models import write_dense
+from tests.model.moe_models import MOE_MODELS, write_moe
+
+COPIES = {
+    "model.layers.3.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.3.shared_head.head.weight": "lm_head.weight",
+}
+"""What DeepSeek's MTP layer holds again (DeepSeek-V3, README_WEIGHTS)."""
 
 
 def built(folder: Path, load: bool) -> BuiltModel:
+    """Read without our Megatron checkpoints, by what tests/model compares with transformers."""
     initialize(ParallelSection(), seed=0)
-    section = ModelSection(path=folder, load_weights=load, dtype="bfloat16", mtp_loss_coef=0.3)
+    dtype = json.loads((folder / "config.json").read_text()).get("torch_dtype", "float32")
+    section = ModelSection(path=folder, load_weights=load, dtype=dtype, mtp_loss_coef=0.3)
     return build_model(section, max_sequence_length=64)
 
 
@@ -35,7 +46,10 @@ def test_bfloat16_comes_back_bit_for_bit(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
     before = contents(source)
     back = there_and_back(tmp_path, source)
-    assert same(tensors(back), tensors(source))
+    stored = tensors(back)
+    assert same(stored, tensors(source))
+    for copy, name in COPIES.items():  # the source was made by what is tested here, so it may lack them as well
+        assert torch.equal(stored[copy], stored[name])
     assert json.loads((back / "config.json").read_text()) == tiny()
     assert (back / "tokenizer.json").exists()
     assert contents(source) == before
@@ -50,10 +64,40 @@ def test_dense_families_come_back(tmp_path: Path, name: str) -> None:
     assert same(tensors(back), tensors(tmp_path / "hf"))
 
 
-def test_megatron_loads_what_was_imported(tmp_path: Path) -> None:
+def test_a_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    write_dense(source, "llama_tied")
+    stored = tensors(source)
+    head = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": head}, source / "model.safetensors")
+    assert same(tensors(there_and_back(tmp_path, source)), stored)
+    head[-1, -1] += 1
+    save_file(stored | {"lm_head.weight": head}, source / "model.safetensors")
+    with pytest.raises(DataError, match=r"lm_head\.weight differs from .*tie_word_embeddings = false"):
+        run_import(ImportConfig(source=source, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_config_json_does_not_know_is_not_left_behind(tmp_path: Path) -> None:
+    run_import(ImportConfig(source=write(tmp_path / "hf"), output=tmp_path / "megatron"))
+    shallow = tmp_path / "shallow"
+    shallow.mkdir()
+    (shallow / "config.json").write_text(json.dumps(tiny(num_hidden_layers=2)))
+    with pytest.raises(DataError, match=r"holds \d+ tensors: decoder\.layers\.2\..* config\.json has no place for"):
+        run_export(ExportConfig(source=tmp_path / "megatron", config=shallow, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["deepseek", "llama_tied", "qwen2", "qwen3_moe"])
+def test_megatron_loads_what_was_imported(tmp_path: Path, name: str) -> None:
+    """Each row where Megatron has it: there and back again, rows that are out of order would come back as well."""
     from megatron.core import dist_checkpointing  # after megatron_r1.model has prepared it
 
-    source, output = write(tmp_path / "hf"), tmp_path / "megatron"
+    source, output = tmp_path / "hf", tmp_path / "megatron"
+    if name == "deepseek":
+        write(source)
+    else:
+        (write_moe if name in MOE_MODELS else write_dense)(source, name)
     run_import(ImportConfig(source=source, output=output))
     assert (output / "latest_checkpointed_iteration.txt").read_text().strip() == "release"
     empty, expected = built(source, load=False).module, weights(built(source, load=True).module)
@@ -91,13 +135,70 @@ def test_parts_do_not_depend_on_the_number_of_workers(tmp_path: Path, monkeypatc
     source = write(tmp_path / "hf")
     for workers in (1, 5):
         run_import(ImportConfig(source=source, output=tmp_path / f"megatron{workers}", workers=workers))
-        options = {"dtype": "fp8", "max_shard_bytes": 100_000, "workers": workers}
+        options = {"dtype": "fp8", "max_shard_bytes": 100_000, "workers": workers, "name": "title"}
         run_cast(CastConfig(source=source, output=tmp_path / f"hf{workers}", **options))
     assert len(list((tmp_path / "megatron1/release").glob("*.distcp"))) > 8
     for name in ("megatron", "hf"):
         one, five = (contents(tmp_path / f"{name}{workers}", "summary.json") for workers in (1, 5))
         assert one.keys() == five.keys()
         assert [path for path in one if one[path] != five[path]] == []
+
+
+def test_an_exported_folder_has_a_card_and_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    source = write(tmp_path / "stage/hf", tiny(auto_map={"AutoConfig": "configuration_x.Config"}))
+    beside = {
+        "generation_config.json": '{"temperature": 0.6}',
+        "chat_template.jinja": "{{ messages }}<think>",
+        "LICENSE": "free",
+    }
+    for name, text in beside.items():
+        (source / name).write_text(text)
+    lineage = {"stage": "r1", "verb": "rl", "key": "k" * 64, "config": {}, "inputs": {}, "files": {}, "outputs": {}}
+    (tmp_path / "stage/lineage.json").write_text(json.dumps(lineage | {"code": {"version": "0.1.0"}}))
+    run_cast(CastConfig(source=source, output=tmp_path / "out", dtype="fp8", license="mit", base_model="lab/base"))
+    assert {name: (tmp_path / "out" / name).read_text() for name in beside} == beside
+    text = (tmp_path / "out/README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.license, data.base_model, data.model_name) == ("mit", "lab/base", "out")
+    assert "written by `megatron-r1 cast`" in text
+    assert "The model was made by the stage `r1` (`rl`)" in text
+    assert "Quantization | fp8, e4m3" in text
+    assert "temperature=0.6" in text
+    assert str(tmp_path) not in text + (tmp_path / "out/conversion.json").read_text()
+    # the Python files that auto_map names are not copied, and AutoConfig would look for them
+    assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_a_bad_lineage_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(DataError, match="is not the lineage"):
+        run_cast(CastConfig(source=write(tmp_path / "hf"), output=tmp_path / "out", lineage=tmp_path / "bad.json"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "hf"]
+
+
+def test_numbers_too_large_for_float16_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "hf")
+    stored = tensors(source)
+    stored["model.norm.weight"] = torch.full_like(stored["model.norm.weight"], 70_000)
+    save_file(stored, source / "model.safetensors")
+    with pytest.raises(DataError, match=r"model\.norm\.weight holds 70144, too large for float16"):
+        run_cast(CastConfig(source=source, output=tmp_path / "out", dtype="float16"))
+    with pytest.raises(DataError, match="too large for float16"):
+        run_import(ImportConfig(source=source, output=tmp_path / "out", dtype="float16"))
+
+
+def test_a_training_checkpoint_finds_the_folder_of_its_run(tmp_path: Path) -> None:
+    source = write(tmp_path / "run/hf")
+    run_import(ImportConfig(source=source, output=tmp_path / "megatron"))
+    step = tmp_path / "run/checkpoints/step_00000002"
+    step.parent.mkdir()
+    (tmp_path / "megatron/release").rename(step)
+    run_export(ExportConfig(source=step, output=tmp_path / "back"))
+    assert same(tensors(tmp_path / "back"), tensors(source))
+    with pytest.raises(ConfigError, match="is a Megatron checkpoint; `export`"):
+        run_cast(CastConfig(source=step, output=tmp_path / "cast"))
+    with pytest.raises(DataError, match=r"run has no config.json.*below it are .*step_00000002.*hf"):
+        open_source(tmp_path / "run")
 
 
 def test_a_stage_keeps_its_records_beside_the_model(tmp_path: Path) -> None:

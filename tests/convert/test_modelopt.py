@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm.model_executor.layers.quantization import get_quantization_config
 
+from megatron_r1.config.inspect import InspectConfig
 from megatron_r1.config.modelopt import QuantizeConfig
 from megatron_r1.convert import modelopt
+from megatron_r1.convert.inspect import inspect
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.hf_folder import TensorReader
 from megatron_r1.model.safetensors_file import read, read_header
@@ -83,6 +85,10 @@ def expanded(stored: dict[str, torch.Tensor], module: str) -> torch.Tensor:
 )
 def test_weights_are_those_of_the_source(folders: Path, form: str, algorithm: str, bound: float) -> None:
     output, figures = quantize(folders, "llama", form)
+    seen = inspect(InspectConfig(path=output))
+    assert (seen["problems"], seen["quantized_by"], seen["fp8"]) == ([], f"modelopt {algorithm}", None)
+    assert seen["parameters"] == inspect(InspectConfig(path=folders / "llama"))["parameters"]
+    assert "written by `megatron-r1 quantize`" in (output / "README.md").read_text()
     recorded = json.loads((output / "hf_quant_config.json").read_text())["quantization"]
     assert recorded["quant_algo"] == algorithm
     stored = {name: read(entry) for name, entry in read_header(output / "model.safetensors").items()}
@@ -149,7 +155,7 @@ def test_vllm_recognises_it(folders: Path, form: str) -> None:
 
 @installed
 def test_refused(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="set calibration to a file of text"):
+    with pytest.raises(ConfigError, match="name a JSONL file of text with --calibration"):
         quantize(folders, "llama", "fp8", output=tmp_path / "out", calibration=None)
     with pytest.raises(DataError, match=r"cannot put .* into int4_awq: Cannot pack weight with input dimension 64"):
         quantize(folders, "v3", "int4_awq", output=tmp_path / "out")
@@ -165,6 +171,7 @@ def test_refused(folders: Path, tmp_path: Path) -> None:
 
 def test_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config = QuantizeConfig(source=tmp_path, output=tmp_path / "out", format="fp8_block")
+    (tmp_path / "hf").mkdir()
+    config = QuantizeConfig(source=tmp_path / "hf", output=tmp_path / "out", format="fp8_block")
     with pytest.raises(ConfigError, match="nvidia-modelopt, which quantises, is not installed"):
         modelopt.run_quantize(config)

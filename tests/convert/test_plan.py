@@ -118,7 +118,7 @@ def test_an_output_that_holds_something(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verbs_say_which_other_is_meant(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="`cast` makes one Hugging Face folder of another"):
+    with pytest.raises(ConfigError, match="`cast` makes a Hugging Face folder of another, or of GGUF"):
         run_export(ExportConfig(source=folder, output=folder.parent / "out"))
 
 

@@ -1,11 +1,15 @@
 """The whole of DeepSeek-V3 is planned from headers alone; its totals by a formula of their own, not from the rules."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_r1.config.convert import ImportConfig
+from megatron_r1.config.inspect import InspectConfig
+from megatron_r1.convert import inspect
 from megatron_r1.convert.verbs import run_import
 from tests.convert.invented import V3
 from tools import header_checkpoint
@@ -69,3 +73,21 @@ def test_the_whole_of_deepseek_v3_is_planned_from_headers(tmp_path: Path, capsys
     assert "disk     1,365.36 GB needed" in printed
     assert "time     about" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["v3"]
+
+
+@pytest.mark.timeout(600)
+def test_deepseek_v3_has_its_published_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(V3.read_text())
+    result = inspect.inspect(InspectConfig(path=tmp_path))
+    assert result["format"] == "config only"
+    assert result["passed"]
+    assert result["parameters"] == {
+        "main": 671_026_419_200,
+        "activated": 37_552_282_624,
+        "mtp": 11_610_068_224,
+        "total": 671_026_419_200 + 11_610_068_224,
+    }
+    assert result["max_context"] == 163_840
+    text = io.StringIO()
+    inspect.show(result, Console(file=text))
+    assert "671,026,419,200" in text.getvalue()

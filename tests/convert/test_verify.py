@@ -220,7 +220,15 @@ def test_logits_of_another_format_are_bitwise_the_same(tmp_path: Path, text: Pat
     found = result["text"]
     assert (found["max_difference"], found["kl_max"], found["top1_agreement"]) == (0.0, 0.0, 1.0)
     assert found["loss_a"] == found["loss_b"]
-    assert "KL divergence 0 nats" in shown(result)
+    assert "KL(a || b)          0 nats, at most 0" in shown(result)
+
+
+def test_other_models_are_told_in_few_lines(llama: Path, tmp_path: Path) -> None:
+    result = verify(llama, write(tmp_path / "v3"))
+    alone = len(result["only_in_a"]) + len(result["only_in_b"])
+    text = shown(result)
+    assert f", {alone:,} in one of them only" in text
+    assert len(text.splitlines()) < 60
 
 
 def test_text_that_cannot_be_used(llama: Path, tmp_path: Path, text: Path) -> None:

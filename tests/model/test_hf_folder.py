@@ -115,7 +115,7 @@ def test_scale_that_is_no_scale(checkpoint: Path, bad: float) -> None:
     [
         (2, {SCALE: None}, f"{WEIGHT} is FP8, but the checkpoint has no {SCALE}"),
         (2, {SCALE: torch.ones(3, 2)}, r"has shape \[3, 2\]"),
-        (2, {SCALE: torch.ones(2, 3).half()}, "torch.float16; a scale is float32 or bfloat16"),
+        (2, {SCALE: torch.ones(2, 3).half()}, "torch.float16; a scale is float32, bfloat16 or float8_e8m0fnu"),
         (1, {WEIGHT: None}, f"{SCALE} is a scale, but the checkpoint has no {WEIGHT}"),
         (1, {WEIGHT: torch.ones(200, 300)}, f"but {WEIGHT} is torch.float32 and not FP8"),
         (1, {WEIGHT: torch.ones(200, 300).to(torch.float8_e5m2)}, "of the FP8 formats only e4m3 is known"),
@@ -128,8 +128,9 @@ def test_weights_and_scales_that_do_not_fit(checkpoint: Path, file: int, tensors
         TensorReader(checkpoint)
 
 
-def test_bfloat16_scales_are_read(checkpoint: Path) -> None:
-    change(checkpoint, "model-2.safetensors", **{SCALE: torch.full((2, 3), 0.5).bfloat16()})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_in_fewer_bits_are_read(checkpoint: Path, dtype: torch.dtype) -> None:
+    change(checkpoint, "model-2.safetensors", **{SCALE: torch.full((2, 3), 0.5).to(dtype)})
     expected = load_file(checkpoint / "model-1.safetensors")[WEIGHT].bfloat16() / 2
     assert torch.equal(TensorReader(checkpoint)[WEIGHT], expected)
 
@@ -168,8 +169,37 @@ def test_file_that_the_index_does_not_name(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe{}", b"{", b"[" * 100_000, b"[]", b'{"architectures": ["X"], "quantization_config": [1]}',
+     b'{"architectures": ["X"], "quantization_config": {"weight_block_size": 128}}'],
+    ids=range(6),
+)  # fmt: skip
+def test_config_that_is_none(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"config\.json"):
+        TensorReader(checkpoint)
+
+
+def test_blocks_larger_than_any_weight(checkpoint: Path) -> None:
+    """As a hostile config.json has them: they cost no memory."""
+    block = {"weight_block_size": [10**12, 10**12]}
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": block}))
+    change(checkpoint, "model-2.safetensors", **{SCALE: torch.tensor([[0.5]])})
+    expected = load_file(checkpoint / "model-1.safetensors")[WEIGHT].bfloat16() / 2
+    assert torch.equal(TensorReader(checkpoint)[WEIGHT], expected)
+
+
+@pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}'],
+    [
+        "[" * 100_000,
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": 1}}',
+    ],
 )
 def test_index_that_is_none(checkpoint: Path, text: str) -> None:
     (checkpoint / INDEX).write_text(text)
@@ -327,7 +357,7 @@ def test_full_disk_leaves_the_older_folder(older: Path, monkeypatch: pytest.Monk
 
 
 def test_full_disk_at_the_small_files(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)

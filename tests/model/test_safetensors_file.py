@@ -139,6 +139,12 @@ TWICE = (
         (b"{nothing}", b"", "not JSON"),
         (b'{"\xff": 1}', b"", "not JSON"),
         (b'{"a": ' + b"[" * 100_000, b"", "not JSON"),
+        (json.dumps({"a": item(0, 0, (0,))}).encode("utf-16-le"), b"", "not JSON in UTF-8"),
+        (rb'{"\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', b"", "not JSON in UTF-8"),
+        ({"a": item(0, 0, (0, 2**63))}, b"", "a has a size that no tensor has"),
+        ({"a": item(0, 0, (2**40, 2**40, 0))}, b"", "a has a size that no tensor has"),
+        ({"a": item(0, 0, (2**61, 0), "F64")}, b"", "a has a size that no tensor has"),
+        ({"a": item(0, 1, (1,) * 65)}, b"a", "a has a size that no tensor has"),
         (b"[]", b"", "does not begin with a header"),
     ],
 )
@@ -240,7 +246,15 @@ def test_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(DataError, match=r"cannot write .*a: No space left on device"):
         file.put("x", torch.zeros(2))
-    file.abort()
+    with pytest.raises(DataError, match="lacks 1 of its tensors"):
+        file.close()
+    monkeypatch.undo()
+    closes = os.close
+    file = Writer(tmp_path / "a", {})
+    monkeypatch.setattr(os, "close", lambda descriptor: (closes(descriptor), full()))
+    with pytest.raises(OSError, match="No space left"):  # told by a file system in the network
+        file.abort()
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", full)  # where a delayed allocation finds the disk full
     with pytest.raises(DataError, match="No space left on device"):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
 from megatron_r1.model.scalar_head import as_classifier
 from megatron_r1.model.sharding import Piece, layout
@@ -26,6 +27,12 @@ def config_of(name: str) -> dict[str, Any]:
         return hf
     config, model_class, own = (MODELS | MOE_MODELS)[name]
     return {**config(**{**SHAPE, **own}).to_dict(), "architectures": [model_class.__name__]}
+
+
+@pytest.mark.parametrize("name", ["auto", "load", "bf16"])
+def test_dtype_that_is_none(name: str) -> None:
+    with pytest.raises(DataError, match=f"torch_dtype = '{name}' is no dtype"):
+        layout(config_of("r1_tiny") | {"torch_dtype": name})
 
 
 # get_gpt_layer_with_transformer_engine_spec (gpt_layer_specs.py:181), multi_latent_attention: input_layernorm is

@@ -146,4 +146,4 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     [tensor] = source.read(source.rules[0])
     peak, kept = held("VmHWM") - before, tensor.nbytes // 1024
     assert kept == rows * hidden * 2 // 1024
-    assert kept <= peak < kept + 160 * 1024
+    assert 0.9 * kept <= peak < kept + 160 * 1024  # other memory may be given back meanwhile

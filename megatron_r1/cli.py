@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_r1 import __version__
 from megatron_r1.errors import ConfigError, UserError
-from megatron_r1.launch import end_with_launcher, relaunch
+from megatron_r1.launch import end_with_launcher, nodes, relaunch
 
 FIRST_RANK_SECONDS = 30.0
 """Longest that the other ranks wait for the first to report an error."""
@@ -56,7 +56,7 @@ VERBS = {
     ),
     "data index": Verb(
         "documents to Megatron indexed datasets",
-        "megatron_r1.config.runs:IndexConfig",
+        "megatron_r1.config.corpus:IndexConfig",
         "megatron_r1.data.indexed:build",
     ),
     "tokenizer train": Verb(
@@ -160,13 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 the run failed, 2 bad input, 74 the disk is full, 130/143 interrupted.
+        The exit code: 0 done, 1 the run failed, 2 bad input, 74 the disk is full, 75 asked
+        to end and saved, 69 a rank was late, 130/143 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(arguments)
     options, overrides = parser.parse_known_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGUSR1, _terminate)  # a run that saves listens to it itself
     end_with_launcher()
     try:
         return options.act(options, overrides, arguments)
@@ -202,8 +204,14 @@ def _run(options: argparse.Namespace, overrides: list[str], arguments: list[str]
         print(dump(config), end="")
         return 0
     parallel = getattr(config, "parallel", None)
-    if parallel is not None and parallel.processes > 1 and "RANK" not in os.environ:
-        return relaunch(parallel.processes, arguments)
+    machines, processes = parallel.machines if parallel else (1, 1)
+    if machines * processes > 1 and "RANK" not in os.environ:
+        if machines != nodes():
+            raise ConfigError(
+                f"[parallel] asks for {machines} nodes of {processes} processes, but this was started on {nodes()}: "
+                "sbatch starts it on several (docs/slurm.md)"
+            )
+        return relaunch(processes, arguments, getattr(config, "output", None))
     summary: dict[str, Any] = _import(verb.run)(config)
     if os.environ.get("RANK", "0") == "0":
         if hasattr(config, "output"):  # a server writes nothing
@@ -257,6 +265,25 @@ def _recipe(options: argparse.Namespace, overrides: list[str], arguments: list[s
     return 0
 
 
+def _plan(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """`megatron-r1 plan`; overrides are the run file's."""
+    from megatron_r1.options import read
+
+    plan: Any = _import("megatron_r1.recipe.forecast:run")
+    verbs = {name: verb for name, verb in (VERBS | CHECKPOINT_VERBS).items() if name not in NO_STAGES}
+    code: int = plan(read(options, _import("megatron_r1.config.plan:PlanConfig")), overrides, options.json, verbs)
+    return code
+
+
+def _doctor(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """`megatron-r1 doctor`."""
+    if overrides:
+        raise ConfigError(f"doctor takes no {overrides[0]!r}")
+    doctor: Any = _import("megatron_r1.doctor.verb:run")
+    code: int = doctor(options.config, options.quick, options.json)
+    return code
+
+
 def _status(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
     """`megatron-r1 status`."""
     from megatron_r1.recipe.show import show_status
@@ -295,6 +322,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         command = groups[family].add_parser(action, help=verb.help, description=verb.help, allow_abbrev=False)
         _add_run_file(command, name)
     _add_recipe(groups[""])
+    _add_plan(groups[""], arguments)
+    _add_doctor(groups[""])
     for name, verb in CHECKPOINT_VERBS.items():
         command = groups[""].add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False)
         if arguments[:1] != [name]:
@@ -323,7 +352,7 @@ def _add_recipe(commands: Any) -> None:
     command.add_argument("config", type=Path, metavar="recipe.toml")
     command.add_argument("--from", dest="anew", metavar="STAGE", help="run it and all that depends on it anew")
     command.add_argument("--only", metavar="STAGE", help="run no other stage")
-    command.add_argument("--dry-run", action="store_true", help="check everything, print the graph and stop")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the graph and its plan, stop")
     command.add_argument("--stage", metavar="STAGE", help="print the run file of a stage and stop")
     command.add_argument("--json", action="store_true", help="print the figures as JSON at the end; the graph, if dry")
     command.set_defaults(verb="run", act=_recipe)
@@ -332,6 +361,26 @@ def _add_recipe(commands: Any) -> None:
     command.add_argument("output", type=Path, metavar="DIR", help="the recipe's `output`")
     command.add_argument("--json", action="store_true", help="the same as JSON")
     command.set_defaults(verb="status", act=_status)
+
+
+def _add_plan(commands: Any, arguments: list[str]) -> None:
+    about = "memory of every rank, time of a step and cost of a run file, before it is started"
+    command = commands.add_parser("plan", help=about, description=about, allow_abbrev=False)
+    if arguments[:1] == ["plan"]:
+        from megatron_r1.options import add
+
+        add(command, _import("megatron_r1.config.plan:PlanConfig"))
+        command.add_argument("--json", action="store_true", help="print the plan as JSON")
+        command.set_defaults(verb="plan", act=_plan)
+
+
+def _add_doctor(commands: Any) -> None:
+    about = "what is installed, what fits together, what is missing, and what this machine can run"
+    command = commands.add_parser("doctor", help=about, description=about, allow_abbrev=False)
+    command.add_argument("config", nargs="?", type=Path, metavar="run.toml", help="can it run here? or a recipe?")
+    command.add_argument("--quick", action="store_true", help="without torch's own look at GPUs, which takes seconds")
+    command.add_argument("--json", action="store_true", help="print all of it as JSON")
+    command.set_defaults(verb="doctor", act=_doctor)
 
 
 def _import(target: str) -> Any:

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -49,7 +49,8 @@ def _value(name: str, field: FieldInfo) -> dict[str, Any]:
     """What argparse may take, and what stands for it in the help."""
     kinds = (field.annotation, *get_args(field.annotation))
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    kind = next((kind for kind in (int, float) if kind in kinds), str)
+    plain = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    kind = next((kind for kind in (int, float) if kind in plain), str)
     metavar = "|".join(choices) or name.upper()
     return {"required": field.is_required(), "choices": choices or None, "type": kind, "metavar": metavar}
 

@@ -45,7 +45,7 @@ class Sample:
     finished: bool
     """True when the response ended by itself, False when it was cut at the length limit."""
     weight_version: int
-    """Version of the weights that generated it."""
+    """Version of the oldest weights that generated some of it."""
     rewards: dict[str, float | None] = field(default_factory=dict)
     """Each reward part by name, before weighting; None = not applicable."""
     reward: float = 0.0
@@ -63,6 +63,9 @@ class Sample:
     trainer_logprobs: list[float] | None = None
     """The trainer's log-probability of each token under the policy that sampled it, once it is computed, nats.
     [response]"""
+    weight_spans: list[tuple[int, int]] = field(default_factory=list)
+    """Which weights generated which tokens: (version, tokens up to its last one), in order; empty = `weight_version`
+    all of them."""
 
 
 @dataclass

@@ -16,8 +16,8 @@ TESTS = ROOT / "tests"
 
 LAYERS = (
     {"cli", "launch", "options"},
-    {"recipe"},
-    {"train", "evaluate", "curate", "convert", "plan"},
+    {"recipe", "cluster"},
+    {"train", "evaluate", "curate", "convert", "plan", "doctor"},
     {"optim", "weight_sync", "checkpoint"},
     {"model", "rollout"},
     {"data", "reward", "advantage", "loss", "report"},
@@ -29,7 +29,17 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS, 1) for part in parts}
 
 ONLY_IN = {
     "vllm": {"rollout"},
-    "megatron": {"model", "optim", "weight_sync", "checkpoint", "data", "plan", "compat", "train/policy.py"},
+    "megatron": {
+        "model",
+        "optim",
+        "weight_sync",
+        "checkpoint",
+        "data",
+        "plan",
+        "compat",
+        "train/policy.py",
+        "train/passes.py",
+    },
     "wandb": {"report"},
 }
 WITHOUT_TORCH = ("reward", "advantage")

@@ -206,6 +206,12 @@ def test_lists_numbers_and_required_options() -> None:
     assert (config.format, config.samples, config.language, config.folder) == ("fp8", 7, ["en", "de"], "")
 
 
+def test_a_number_that_may_be_left_out() -> None:
+    arguments = ["plan", "run.toml", "--gpus=16", "--spread=0.5"]
+    config = read(_parser(arguments).parse_args(arguments), _import("megatron_r1.config.plan:PlanConfig"))
+    assert (config.gpus, config.spread, config.price) == (16, 0.5, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

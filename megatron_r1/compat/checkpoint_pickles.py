@@ -121,13 +121,17 @@ class _LoadPlanner(torch_strategy.MCoreLoadPlanner):
     """Loads objects as weights are loaded: plain values and tensors."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        place = self.mappings[read_item.dest_index.fqn]
-        set_element(self.original_state_dict, place, torch.load(value, weights_only=True))
+        name, plain = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], plain)
+        else:  # as megatron-core 0.19 asks for
+            self.state_dict[name] = plain
 
 
 def refuse_foreign_pickles() -> None:
     """Make megatron-core's `dist_checkpointing.load` read through the two classes above."""
     vars(torch_strategy).update(
-        _get_filesystem_reader=lambda checkpoint_dir, cache_metadata=False: _Reader(checkpoint_dir),
+        _get_filesystem_reader=lambda checkpoint_dir, *_, **__: _Reader(checkpoint_dir),
+        FileSystemReader=_Reader,
         MCoreLoadPlanner=_LoadPlanner,
     )

@@ -1,14 +1,45 @@
-"""A correction of megatron-core 0.16.1's checkpoint writer, on every device."""
+"""Corrections of megatron-core's checkpoint writer, on every device."""
 
 import queue
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
 
 def keep_results_in_process() -> None:
-    """Collect the results of writing in a queue of this process.
+    """Write in threads of this process, and collect the results in a queue of this process.
 
-    Upstream's (filesystem_async.py:54) belongs to a `multiprocessing.Manager`, a process that lives on when the
-    run is killed, and that only asynchronous saving needs. Can go when a synchronous save starts no manager.
+    Upstream forks a process for each file (filesystem_async.py:245). It has all locks that threads of gloo, NCCL and
+    OpenMP held at that moment, copies what the parent changes meanwhile, and writes on when the run has been killed.
+    Its queue of results (:54) belongs to a `multiprocessing.Manager`, a process that lives on, too. Writing releases
+    Python's lock, so threads do not wait for each other.
+
+    Can go with 0.16: 0.19.2 has threads. But its `save` asks for another package, nvidia-resiliency-ext, whatever it is
+    told (serialization.py leaves the default "nvrx"); it gets Megatron's own writer, which 0.16 has, too.
     """
     vars(filesystem_async)["_results_queue"] = queue.Queue()
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    if choose := getattr(torch_strategy, "get_async_strategy", None):
+        vars(torch_strategy)["get_async_strategy"] = lambda strategy="mcore", module=None: choose("mcore", module)
+
+
+def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
+    """Write each bucket into its file.
+
+    Raises:
+        Exception: what the first of the files that failed has raised.
+    """
+    written: queue.Queue[tuple[int, Any]] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        for number, bucket in enumerate(buckets):
+            running.put(number)
+            pool.submit(write, transforms, number, bucket, written, running, True, use_msc=use_msc)
+    outcome = dict(written.get_nowait() for _ in buckets)
+    for one in outcome.values():
+        if isinstance(one, Exception):
+            raise one
+    results.put(outcome)

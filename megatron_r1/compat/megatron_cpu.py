@@ -3,8 +3,8 @@
 Megatron-core names CUDA directly in some fifty places of its training path (`torch.cuda.current_device()`,
 `device="cuda"`, `.cuda()`, `pin_memory=True` ...). `enable()` installs an import hook that rewrites those
 names, and only in `megatron.core`'s own modules, as they are loaded: line numbers stay, torch itself is not
-touched, nothing on disk changes. Where CUDA is present `enable()` does nothing, so a GPU run executes
-megatron-core exactly as published.
+touched, nothing on disk changes. Where CUDA is present nothing is rewritten, and of `megatron_fixes` only what plain
+torch's layers need is applied.
 
 Can go when megatron-core asks `torch.accelerator` (or its platform layer) for the device.
 `tests/compat/test_megatron_cpu.py` fails when a rule no longer matches anything.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.compat.megatron_fixes import FIXES
+from megatron_r1.compat.megatron_fixes import FIXES, ON_GPUS
 
 NAMESPACE = "_megatron_r1_cuda"
 """What rewritten modules see instead of `torch.cuda`."""
@@ -125,7 +125,9 @@ def rewrite(source: str) -> str:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> types.CodeType:
+    def get_code(self, fullname: str) -> types.CodeType | None:
+        if torch.cuda.is_available():
+            return super().get_code(fullname)
         # Not through the .pyc cache: what runs is not what is on disk.
         path = self.get_filename(fullname)
         return self.source_to_code(rewrite(self.get_data(path).decode()).encode(), path)
@@ -133,8 +135,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         vars(module)[NAMESPACE] = _CpuNamespace("torch.cuda")
         super().exec_module(module)
-        if module.__name__ in FIXES:
-            FIXES[module.__name__](module)
+        fixes = ON_GPUS if torch.cuda.is_available() else FIXES
+        if module.__name__ in fixes:
+            fixes[module.__name__](module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -155,7 +158,7 @@ def enable() -> None:
     Raises:
         RuntimeError: megatron.core is already imported, so it could not be rewritten.
     """
-    if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("megatron.core was imported before megatron_r1.compat.megatron_cpu.enable()")

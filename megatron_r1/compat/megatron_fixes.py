@@ -1,10 +1,11 @@
-"""Corrections of megatron-core 0.16.1 where it runs without Transformer Engine and CUDA, one function a module.
+"""Corrections of megatron-core 0.16.1 where it runs without Transformer Engine or CUDA, one function a module.
 
-Each says what is wrong upstream. They are applied by `megatron_cpu`'s import hook, so never on a GPU.
-All are for 0.16.1; each can go when the line it names is fixed upstream.
+Each says what is wrong upstream. They are applied by `megatron_cpu`'s import hook: all without CUDA, with CUDA those
+that plain torch's layers need (`ON_GPUS`). All are for 0.16.1; each can go when the line it names is fixed upstream.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -64,14 +65,24 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _without_fused_adam() -> bool:
+    return not torch.cuda.is_available() or not (_installed("transformer_engine") or _installed("apex"))
+
+
 def _optimizer(module: ModuleType) -> None:
     """Without Transformer Engine or Apex it takes torch's Adam, whose state the distributed optimizer cannot load."""
-    vars(module).update(Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
+    if _without_fused_adam():
+        vars(module).update(Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
 
 
 def _distributed_optimizer(module: ModuleType) -> None:
     """:641 and :940, the torch-Adam path asserts on saving and fails on loading."""
-    vars(module).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+    if _without_fused_adam():
+        vars(module).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
 
 
 def _random(module: ModuleType) -> None:
@@ -95,27 +106,43 @@ def _random(module: ModuleType) -> None:
 
 
 def _multi_latent_attention(module: ModuleType) -> None:
-    """:64 HAVE_TE is True without TE. :569 k_pos_emb's gradient is not summed over the heads of TP ranks."""
+    """:64 HAVE_TE is True without TE. :569 k_pos_emb's gradient is not summed over the heads of TP ranks.
+
+    The latter where plain torch's layers gather it over TP ranks; Transformer Engine's gather it over the sequence,
+    which sums. In 0.19.2 a model with norms that does not compress queries (DeepSeek-V2-Lite, Moonlight) has to have a
+    norm before their projection (mla_qk_norm_config.py:160), which these models have not.
+    """
     from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
     names = vars(module)
-    names["HAVE_TE"] = False
+    names["HAVE_TE"] = _installed("transformer_engine")
     apply = names["apply_rotary_pos_emb"]
 
     def apply_rotary_pos_emb(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        shared_by_heads = t.size(-2) == 1
+        # A rank's only query head is a slice of a wider vector; k_pos_emb, one for all heads, is whole.
+        local = kwargs["config"].transformer_impl == "local"
+        shared_by_heads = local and t.size(-2) == 1 and t.stride(-2) == t.size(-1)
         rotated: torch.Tensor = apply(
             copy_to_tensor_model_parallel_region(t) if shared_by_heads else t, *args, **kwargs
         )
         return rotated
 
     names["apply_rotary_pos_emb"] = apply_rotary_pos_emb
+    if resolver := names.get("QKNormConfigResolver"):
+        either = resolver._mla_fused_linear_or_default
+
+        def linear(self: Any, module: Any, name: str) -> Any:
+            return self._non_fused_or_default(module, name) if name == "linear_q_proj" else either(self, module, name)
+
+        resolver._mla_fused_linear_or_default = linear
 
 
 def _moe_utils(module: ModuleType) -> None:
     """:1192 NameError without TE. :1096 turns split sizes into numpy only for CUDA tensors."""
     names = vars(module)
-    names["te_general_gemm"] = None
+    names.setdefault("te_general_gemm", None)
+    if torch.cuda.is_available():
+        return
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -136,3 +163,14 @@ FIXES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.transformer.multi_latent_attention": _multi_latent_attention,
     "megatron.core.transformer.moe.moe_utils": _moe_utils,
 }
+
+ON_GPUS = {
+    name: FIXES[name]
+    for name in (
+        "megatron.core.optimizer",
+        "megatron.core.optimizer.distrib_optimizer",
+        "megatron.core.transformer.multi_latent_attention",
+        "megatron.core.transformer.moe.moe_utils",
+    )
+}
+"""What is not about the device: each looks whether it is needed."""

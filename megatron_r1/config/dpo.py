@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_r1.config.preference_run import PreferenceRunConfig
+from megatron_r1.config.schedule import largest
 from megatron_r1.config.sections import OptimSection
 
 
@@ -23,6 +24,6 @@ class DPOConfig(PreferenceRunConfig):
 
     @model_validator(mode="after")
     def _policy_only(self) -> "DPOConfig":
-        if self.model.mtp_loss_coef:
+        if largest(self.model.mtp_loss_coef):
             raise ValueError("model.mtp_loss_coef has to be 0: the MTP layers would learn rejected responses too")
         return self

@@ -1,9 +1,9 @@
-"""What `quantize` takes: a Hugging Face folder, where to write it again in fewer bits, and what to calibrate with."""
+"""What `quantize` takes: a Hugging Face folder, where to write it in fewer bits, what to calibrate and train with."""
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_r1.config.card import CardConfig
 from megatron_r1.config.convert import STAGE_ONLY
@@ -30,3 +30,17 @@ class QuantizeConfig(CardConfig):
     """Documents of the calibration text that are read, from the beginning."""
     length: PositiveInt = 2048
     """Tokens of a document that are read at most."""
+    heldout: Path | None = None
+    """Text as for `calibration`. The summary then tells its mean loss, nats a token: of the source, quantised, and
+    after `finetune`."""
+    finetune: Path | None = None
+    """Quantisation-aware training: text as for `calibration`, best the model's own answers, on which the rounded model
+    is trained before it is written. It takes 16 bytes a parameter."""
+    finetune_steps: PositiveInt = 200
+    """Updates; the rate falls linearly to 0."""
+    finetune_batch: PositiveInt = 8
+    """Documents of an update."""
+    finetune_lr: PositiveFloat = 1e-5
+    """Learning rate of the first update."""
+    seed: int = 0
+    """Of the order of `finetune`."""

@@ -5,8 +5,10 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
+from megatron_r1.config.checkpoint import CheckpointSection
+from megatron_r1.config.guard import GuardSection
 from megatron_r1.config.section import Section
-from megatron_r1.config.sections import CheckpointSection, OptimSection, ParallelSection, PolicySection, ReportSection
+from megatron_r1.config.sections import OptimSection, ParallelSection, PolicySection, ReportSection
 
 
 class PreferenceRunConfig(Section):
@@ -31,5 +33,6 @@ class PreferenceRunConfig(Section):
     optim: OptimSection
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection(every=50)
+    guard: GuardSection = GuardSection()
     report: ReportSection = ReportSection()
     seed: int = 0

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, PositiveFloat
 
+from megatron_r1.config.plan import PlanSection, RecipePlanSection
 from megatron_r1.config.section import Section
 
 Tree = dict[str, Any]
@@ -24,6 +25,8 @@ class OpenSection(Section):
     """Names of [services] that have to be running."""
     needs: list[str] = []
     """Stages that come first, besides those whose results the section names as "@stage/..."."""
+    plan: PlanSection | None = None
+    """What the stage's plan has to know, over [plan]."""
 
     def own(self) -> Tree:
         """The verb's keys."""
@@ -68,6 +71,8 @@ class ServiceSection(Section):
 class RecipeConfig(Section):
     """A whole recipe."""
 
+    extends: str | None = None
+    """Another recipe in the same folder, which this one is laid over."""
     output: Path
     """Folder for everything: `<output>/<stage>/` for each stage, `summary.json`, `logs/`, `superseded/`."""
     title: str = ""
@@ -78,3 +83,5 @@ class RecipeConfig(Section):
     stages: dict[str, StageSection] = Field(min_length=1)
     services: dict[str, ServiceSection] = {}
     evaluation: EvaluationSuite | None = None
+    plan: RecipePlanSection | None = None
+    """With it `--dry-run` plans every stage: memory, time, cost (docs/planner.md)."""

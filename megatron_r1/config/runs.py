@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megatron_r1.config.asynchrony import AheadSection, CorrectionSection
+from megatron_r1.config.checkpoint import CheckpointSection
 from megatron_r1.config.component import (
     AdvantageComponent,
     LossComponent,
@@ -12,16 +14,17 @@ from megatron_r1.config.component import (
     build,
     default_rewards,
 )
+from megatron_r1.config.corpus import CorpusSection
+from megatron_r1.config.guard import GuardSection, PretrainGuardSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
+from megatron_r1.config.schedule import BatchRampSection, Tokens
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import (
-    CheckpointSection,
     ModelSection,
     OptimSection,
     ParallelSection,
     PolicySection,
     ReportSection,
-    RolloutSection,
     TaskSection,
 )
 from megatron_r1.errors import nearest
@@ -42,26 +45,8 @@ class TokenizerConfig(Section):
     seed: int = 0
 
 
-class IndexConfig(Section):
-    """`megatron-r1 data index`: documents -> Megatron indexed datasets."""
-
-    inputs: dict[str, Path]
-    """Name of the split -> JSONL file; writes `<output>/<name>.bin` and `.idx`."""
-    output: Path
-    tokenizer: Path
-
-
-class CorpusSection(Section):
-    """[corpus] of `pretrain`."""
-
-    train: list[Path]
-    """Megatron indexed datasets, without the .bin/.idx ending."""
-    validation: list[Path] = []
-    sequence_length: PositiveInt
-
-
 class PretrainConfig(Section):
-    """`megatron-r1 pretrain`."""
+    """`megatron-r1 pretrain`: so many `steps`, or as many as `tokens` need."""
 
     output: Path
     model: ModelSection
@@ -70,15 +55,27 @@ class PretrainConfig(Section):
     optim: OptimSection
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection(every=500)
+    guard: PretrainGuardSection = PretrainGuardSection()
     report: ReportSection = ReportSection()
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    tokens: Tokens | None = None
     batch: PositiveInt
     """Sequences of one optimizer step, over all ranks."""
+    batch_ramp: BatchRampSection | None = None
+    """Smaller batches at first; None = `batch` from the first step on."""
     microbatch: PositiveInt = 1
     """Sequences of one forward pass on one rank."""
     validation_every: PositiveInt = 100
     validation_batches: PositiveInt = 4
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _as_long_as_said(self) -> "PretrainConfig":
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("the length of the run is `steps` or `tokens`: write one of them")
+        if self.batch_ramp:
+            self.batch_ramp.sizes(self.batch)  # raises where it does not end there
+        return self
 
 
 class EvaluationSection(Section):
@@ -177,11 +174,13 @@ class RLConfig(Section):
     loss: LossComponent = {}
     critic: CriticSection | None = None
     reference: ReferenceSection = ReferenceSection()
-    rollout: RolloutSection
+    correction: CorrectionSection = CorrectionSection()
+    rollout: AheadSection
     evaluation: EvaluationSection = EvaluationSection()
     optim: OptimSection
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     report: ReportSection = ReportSection()
     seed: int = 0
 
@@ -201,6 +200,15 @@ class RLConfig(Section):
             name: {"rewards": list(default_rewards(part["task"])), **part} for name, part in sections.items() if part
         }
         return {**tree, **named, "rewards": default_rewards(*tasks)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _corrected_by_default(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """Samples of older weights are weighted by importance unless the run file says how, or not."""
+        rollout, correction = tree.get("rollout"), tree.get("correction", {})
+        if isinstance(rollout, dict) and rollout.get("max_staleness") and isinstance(correction, dict):
+            return {**tree, "correction": {"kind": "token", **correction}}
+        return tree
 
     @property
     def tasks(self) -> dict[str, TaskSection]:

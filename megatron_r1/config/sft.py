@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from megatron_r1.config.checkpoint import CheckpointSection
+from megatron_r1.config.guard import GuardSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import (
-    CheckpointSection,
     OptimSection,
     ParallelSection,
     PolicySection,
@@ -83,5 +84,6 @@ class SFTConfig(Section):
     optim: SFTOptimSection = SFTOptimSection()
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection(every=100)
+    guard: GuardSection = GuardSection()
     report: ReportSection = ReportSection()
     seed: int = 0

@@ -101,7 +101,7 @@ def _build(source: Source, length: int, dtype: str) -> BuiltModel:
         (Path(folder) / "config.json").write_text(json.dumps(source.hf))
         section = ModelSection.model_validate({"path": Path(folder), "dtype": dtype, "load_weights": False})
         model = build_model(section, length)
-    model.map.load(model.module, SourceWeights(source))
+    model.map.load(model.chunks, SourceWeights(source))
     return model
 
 

@@ -1,7 +1,8 @@
 """`quantize`: a Hugging Face folder -> NVIDIA's unified format (`hf_quant_config.json`), by nvidia-modelopt.
 
-The whole model stands in memory, in bfloat16: unlike the other conversions this one has to run it. Linear layers are
-quantised, but for the head and the routers; MTP layers, which transformers does not build, stay in bfloat16.
+The whole model stands in memory, on the GPU where there is one, in bfloat16: unlike the other conversions this one has
+to run it. Linear layers are quantised, but for the head and the routers; MTP layers, which transformers does not build,
+stay in bfloat16. Before it is written the rounded model can be trained (`modelopt_finetune.py`).
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_r1.checkpoint.source import HuggingFaceSource, open_source
 from megatron_r1.config.modelopt import QuantizeConfig
 from megatron_r1.convert.card import CARD
+from megatron_r1.convert.modelopt_finetune import finetune, mean_loss
 from megatron_r1.convert.plan import check
 from megatron_r1.convert.progress import gigabytes
 from megatron_r1.convert.verbs import card_text, check_paths
@@ -63,15 +66,17 @@ def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
     check(source, any_dtype=True)
     described = {_QUANTIZATION: {"quant_method": "modelopt", "fmt": config.format}}
     text = card_text("quantize", config, config.source, source.hf | described)
-    texts = calibration_ids(config)
+    texts = Texts.read(config)
     begin = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.bfloat16, local_files_only=True)
+    dtype = torch.float32 if config.finetune else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(config.source, dtype=dtype, local_files_only=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     aside = output.with_name(f"{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        export(model, config, texts, aside)
-        dtype = "dtype" if "dtype" in source.hf else "torch_dtype"  # the older name of the same key
-        written = {**source.hf, dtype: "bfloat16", _QUANTIZATION: read_config(aside)[_QUANTIZATION]}
+        losses = export(model, config, texts, aside)
+        key = "dtype" if "dtype" in source.hf else "torch_dtype"  # the older name of the same key
+        written = {**source.hf, key: "bfloat16", _QUANTIZATION: read_config(aside)[_QUANTIZATION]}
         write_json(aside / "config.json", written)
         copy_companions(aside, [config.source])
         (aside / CARD).write_text(text, encoding="utf-8")
@@ -79,8 +84,9 @@ def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
         figures: dict[str, Any] = count(aside, source.rules) | {
             "output": str(output),
             "format": config.format,
-            "calibration_tokens": sum(map(len, texts)),
+            "calibration_tokens": sum(map(len, texts.calibration)),
             "seconds": seconds,
+            **losses,
         }
         if output.exists():
             output.rmdir()  # empty, or `check_free` would have said so
@@ -92,28 +98,47 @@ def run_quantize(config: QuantizeConfig) -> dict[str, Any]:
     return write_summary(config.output, figures)
 
 
-def calibration_ids(config: QuantizeConfig) -> list[list[int]]:
-    """Token ids of the calibration text, a list each document.
+@dataclass
+class Texts:
+    """Token ids, a list each document."""
 
-    Raises:
-        ConfigError: the format needs text, and there is none.
-    """
-    if config.format in _WEIGHTS_ONLY:
-        return []
-    if config.calibration is None:
-        raise ConfigError(
-            f"format {config.format!r} measures activations: name a JSONL file of text with --calibration"
-        )
-    tokenizer = Tokenizer.load(config.source)
-    texts = islice(documents(config.calibration), config.samples)
-    found = [tokenizer.encode_prompt(text)[: config.length] for text in texts]
-    if not found:
-        raise ConfigError(f"{config.calibration} holds no text")
-    return found
+    calibration: list[list[int]]
+    finetune: list[list[int]]
+    heldout: list[list[int]]
+
+    @classmethod
+    def read(cls, config: QuantizeConfig) -> "Texts":
+        """What the run file names.
+
+        Raises:
+            ConfigError: the format needs text to calibrate with, or a file has none.
+        """
+        needed = config.format not in _WEIGHTS_ONLY
+        if needed and config.calibration is None:
+            raise ConfigError(
+                f"format {config.format!r} measures activations: name a JSONL file of text with --calibration"
+            )
+        tokenizer = Tokenizer.load(config.source)
+
+        def ids(path: Path | None, shortest: int, count: int | None = None) -> list[list[int]]:
+            if path is None:
+                return []
+            whole = tokenizer.encode_documents(list(islice(documents(path), count)))
+            found = [text[: config.length] for text in whole if min(len(text), config.length) >= shortest]
+            if not found:
+                raise ConfigError(f"{path} holds no text of {shortest} tokens")
+            return found
+
+        calibration = ids(config.calibration, 1, config.samples) if needed else []
+        return cls(calibration, finetune=ids(config.finetune, 2), heldout=ids(config.heldout, 2))
 
 
-def export(model: PreTrainedModel, config: QuantizeConfig, texts: list[list[int]], folder: Path) -> None:
-    """Quantise `model` in place and write it in the unified format, without tokenizer.
+def export(model: PreTrainedModel, config: QuantizeConfig, texts: Texts, folder: Path) -> dict[str, float]:
+    """Quantise `model` in place, train it where there is text for it, and write it in the unified format, without
+    tokenizer.
+
+    Returns:
+        Losses of the held-out text and of the training, nats a token.
 
     Raises:
         DataError: modelopt cannot put this model into this format.
@@ -122,17 +147,31 @@ def export(model: PreTrainedModel, config: QuantizeConfig, texts: list[list[int]
     from modelopt.torch.export import export_hf_checkpoint
 
     def calibrate(quantised: Callable[..., Any]) -> None:
-        for ids in texts:
+        for ids in texts.calibration:
             quantised(torch.tensor([ids], device=model.device))
 
+    figures: dict[str, float] = {}
+
+    def measure(name: str) -> None:
+        if texts.heldout:
+            figures[f"heldout_loss_{name}"] = mean_loss(model, texts.heldout)
+
     extra = mtp_tensors(config.source, model)
+    measure("source")
     try:
         with torch.no_grad():
             recipe = getattr(quantization, RECIPES[config.format])
-            quantised = quantization.quantize(model, recipe, calibrate if texts else None)
+            quantised = quantization.quantize(model, recipe, calibrate if texts.calibration else None)
+        measure("quantised")
+        if texts.finetune:
+            losses = finetune(model, config, texts.finetune)
+            figures |= {"finetune_loss_first": losses[0], "finetune_loss_last": losses[-1]}
+            measure("finetuned")
+        with torch.no_grad():
             export_hf_checkpoint(quantised, dtype=torch.bfloat16, export_dir=folder, extra_state_dict=extra)
     except (AssertionError, NotImplementedError) as error:  # modelopt's own checks of shapes and devices
         raise DataError(f"modelopt cannot put {config.source} into {config.format}: {error}") from error
+    return figures
 
 
 def mtp_tensors(source: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:

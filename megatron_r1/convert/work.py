@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import torch
 
 from megatron_r1.convert.budget import ByteBudget
+from megatron_r1.convert.heap import keep_freed_memory
 from megatron_r1.convert.plan import BUDGET, Plan, cost
 from megatron_r1.convert.progress import Display, open_display
 from megatron_r1.convert.target import Part, Sink, Task
@@ -45,6 +46,7 @@ class Work:
             UserError: of the source or the target.
             OSError: the disk is full.
         """
+        keep_freed_memory(BUDGET)
         opened = [_OpenPart(part) for part in parts]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # each worker computes by itself

@@ -25,6 +25,9 @@ class LossInputs:
     """What the critic said before each token when the rollout came in."""
     returns: torch.Tensor | None = None
     """What the critic should have said."""
+    importance: torch.Tensor | None = None
+    """Weight of each token's gain for having been sampled by another policy than that of `old_logprobs`
+    (`importance.py`); None = 1."""
 
 
 class Loss(Protocol):

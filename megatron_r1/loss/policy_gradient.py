@@ -63,7 +63,7 @@ class PolicyGradient(ABC):
         assert inputs.old_logprobs is not None
         gain, ratio, cut = self.gain(logprobs, logprobs - inputs.old_logprobs, inputs)
         weights = inputs.weights
-        loss = -(weights * gain).sum()
+        loss = -(weights * (gain if inputs.importance is None else inputs.importance * gain)).sum()
         metrics = {"clip_fraction": (weights * cut.float()).sum(), "ratio": (weights * ratio.detach()).sum()}
         if self.needs_reference:
             assert inputs.ref_logprobs is not None

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import DataError
+from megatron_r1.model.kernels import Machine, choose, kernel_options
+from megatron_r1.model.parallel import layout_options
+from megatron_r1.model.recompute import memory_options
 
 HFConfig = dict[str, Any]
 """The contents of a Hugging Face `config.json`."""
@@ -75,10 +77,8 @@ class Family(Protocol):
 
 
 def plain_modules(section: ModelSection) -> dict[str, Any]:
-    """The part of every family's `TransformerConfig` that says where and in what numbers it is computed.
-
-    Fused kernels are off: they need Transformer Engine, Apex or Triton.
-    """
+    """The part of every family's `TransformerConfig` that says where, with what and in what numbers it is computed."""
+    machine = Machine.here()
     on_cpu = not torch.cuda.is_available()
     dtype = getattr(torch, section.dtype)
     return {
@@ -86,17 +86,12 @@ def plain_modules(section: ModelSection) -> dict[str, Any]:
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "use_cpu_initialization": on_cpu,
-        "attention_backend": AttnBackend.local,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-        "persist_layer_norm": False,
-        "cross_entropy_loss_fusion": False,
         "batch_p2p_comm": not on_cpu,
         "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, even without experts
+        "calculate_per_token_loss": True,  # one sum over all tokens of a batch, however they are cut into microbatches
+        **layout_options(),
+        **kernel_options(choose(section, machine), machine),
+        **memory_options(section.memory),
     }
 
 

@@ -7,21 +7,28 @@ sequence parallelism. Both are plain torch here, so they run on CPU and GPU alik
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import LNImpl
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_r1.compat.megatron_specs import rebuilt, recomputes_packed, submodules
+from megatron_r1.model import context
+from megatron_r1.model.recompute import MtpLayer
 
 
 class FusedNorm(torch.nn.Module):
@@ -42,7 +49,7 @@ class FusedNorm(torch.nn.Module):
 
 
 class _EmptyState(torch.nn.Module):
-    """Saves an empty state, as Megatron's linear layers do, because Transformer Engine's norms look for one."""
+    """Saves an empty state, as Megatron's linear layers do, because Transformer Engine's modules look for one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,7 +76,7 @@ class Norm(FusedNorm):
     kinds = {"RMSNorm": _RmsNorm, "LayerNorm": _LayerNorm}
 
 
-class SdpaAttention(MegatronModule):
+class SdpaAttention(_EmptyState, MegatronModule):
     """Causal core attention by `torch.nn.functional.scaled_dot_product_attention`.
 
     Takes query and key `[seq, batch, heads, head_dim]` and value `[seq, batch, heads, value_dim]`, or packed
@@ -85,14 +92,11 @@ class SdpaAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"SdpaAttention is causal only, not {attn_mask_type}")
-        if pg_collection is not None and pg_collection.cp.size() > 1:
-            raise ValueError("SdpaAttention does not cut the sequence over context-parallel ranks")
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(k_channels or config.kv_channels)
         self.current_max_attn_logits = None
 
@@ -107,23 +111,55 @@ class SdpaAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Attention output with the heads side by side in the last dimension."""
+        if context.size() > 1:
+            return self._over_context(query, key, value, packed_seq_params)
         if packed_seq_params is None:
-            output = self._attend(*(tensor.transpose(0, 1) for tensor in (query, key, value)))
+            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+            output = self._attend(query, key, value)
             return output.transpose(0, 1).flatten(2)
         rows, longest = packed_seq_params.cu_seqlens_q.numel() - 1, packed_seq_params.max_seqlen_q
         index = _padded_index(packed_seq_params.cu_seqlens_q, longest)
-        padded = [_pad(tensor, index, rows, longest) for tensor in (query, key, value)]
-        return self._attend(*padded).flatten(0, 1).index_select(0, index).flatten(1)
+        query, key, value = (_pad(tensor, index, rows, longest) for tensor in (query, key, value))
+        return self._attend(query, key, value).flatten(0, 1).index_select(0, index).flatten(1)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`[batch, seq, heads, dim]` in and out. Rows padded at the end need no mask: causality hides the padding."""
+    def _over_context(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams | None
+    ) -> torch.Tensor:
+        """Queries of this rank's tokens, keys and values of all ranks'."""
+        length = query.size(0) * context.size()
+        ends = torch.tensor([0, length], device=query.device) if packed is None else packed.cu_seqlens_q
+        key, value = (context.whole(tensor, ends, 0, summed=True) for tensor in (key, value))
+        own = context.positions(ends)
+        if packed is None:
+            seen = torch.arange(length, device=query.device) <= own[:, None]
+            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+            output = self._attend(query, key, value, seen)
+            return output.transpose(0, 1).flatten(2)
+        rows, longest = ends.numel() - 1, packed.max_seqlen_q
+        local_ends, local_longest = ends // context.size(), longest // context.size()
+        index, local = _padded_index(ends, longest), _padded_index(local_ends, local_longest)
+        key, value = (_pad(tensor, index, rows, longest) for tensor in (key, value))
+        place = own - ends[:-1].repeat_interleave(local_ends.diff())
+        seen = torch.arange(longest, device=query.device) <= _pad(place, local, rows, local_longest)[..., None]
+        output = self._attend(_pad(query, local, rows, local_longest), key, value, seen[:, None])
+        return output.flatten(0, 1).index_select(0, local).flatten(1)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[batch, seq, heads, dim]` in and out. Rows padded at the end need no mask: causality hides the padding.
+
+        `seen`: which keys each query sees, None = those up to it. [..., queries, keys]
+        """
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         grouped = k.size(1) != q.size(1)
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=self.scale, enable_gqa=grouped
+        )
         return output.transpose(1, 2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing to save."""
+        """Nothing to save. (The MTP block asks for plain states beside these, and so saves its layers' empty one.)"""
         return {}
 
 
@@ -141,31 +177,40 @@ def _pad(packed: torch.Tensor, index: torch.Tensor, rows: int, longest: int) -> 
     return flat.view(rows, longest, *packed.shape[1:])
 
 
-REPLACEMENTS: dict[type, type] = {WrappedTorchNorm: Norm, DotProductAttention: SdpaAttention}
+FUSED: dict[type, type] = {} if recomputes_packed(MultiTokenPredictionLayer) else {MultiTokenPredictionLayer: MtpLayer}
+"""What is exchanged in Transformer Engine's spec."""
+LOCAL: dict[type, type] = FUSED | {LNImpl: Norm, WrappedTorchNorm: Norm, DotProductAttention: SdpaAttention}
+"""What is exchanged in the local spec. Where Apex is installed `LNImpl` is its norm, which is no RMSNorm."""
 
 
-def with_replacements(spec: Any) -> Any:
-    """A copy of a (nested) layer spec with every class in `REPLACEMENTS` exchanged.
+def with_replacements(spec: Any, fused: bool = False, query_norm: bool = True) -> Any:
+    """A copy of a (nested) layer spec with every class in `LOCAL`, or in `FUSED`, exchanged.
 
-    Its tensors are saved under the names that they have under Transformer Engine's spec, so that what was saved on a
-    CPU is read on a GPU.
+    The local spec's tensors are saved under the names that they have under Transformer Engine's, so that what was saved
+    with the one is read with the other.
+
+    Args:
+        spec: of a layer or a block.
+        fused: whether it is Transformer Engine's.
+        query_norm: whether multi-latent attention compresses queries, and so has a norm of them.
     """
+    again = partial(with_replacements, fused=fused, query_norm=query_norm)
     if isinstance(spec, type):
-        return REPLACEMENTS.get(spec, spec)
+        return (FUSED if fused else LOCAL).get(spec, spec)
     if isinstance(spec, ModuleSpec):
-        return dataclasses.replace(
-            spec, module=with_replacements(spec.module), submodules=with_replacements(spec.submodules)
-        )
+        return dataclasses.replace(spec, module=again(spec.module), submodules=again(spec.submodules))
+    if isinstance(spec, partial):
+        return rebuilt(spec, again)
     if isinstance(spec, list | tuple):
-        return type(spec)(with_replacements(item) for item in spec)
+        return type(spec)(again(item) for item in spec)
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        changed = {f.name: with_replacements(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
-        replaced = dataclasses.replace(spec, **changed)
-        return _named_as_fused(replaced) if isinstance(replaced, TransformerLayerSubmodules) else replaced
+        replaced = dataclasses.replace(spec, **{f.name: again(getattr(spec, f.name)) for f in dataclasses.fields(spec)})
+        local = isinstance(replaced, TransformerLayerSubmodules) and not fused
+        return _named_as_fused(replaced, query_norm) if local else replaced
     return spec
 
 
-def _named_as_fused(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+def _named_as_fused(layer: TransformerLayerSubmodules, query_norm: bool) -> TransformerLayerSubmodules:
     """Name the norms that Transformer Engine's spec (gpt_layer_specs.py:181) fuses into a linear layer after that.
 
     Upstream's local spec has no such names for multi-latent attention, and gives a mixture of experts, whose norm is
@@ -174,14 +219,15 @@ def _named_as_fused(layer: TransformerLayerSubmodules) -> TransformerLayerSubmod
     attention, names, fused = layer.self_attention, {}, {}
     if attention.module is MLASelfAttention:
         parts = attention.submodules
-        norms = {name: _fused(getattr(parts, name)) for name in ("q_layernorm", "kv_layernorm")}
+        norms = {"q_layernorm": _fused(parts.q_layernorm) if query_norm else IdentityOp}
+        norms["kv_layernorm"] = _fused(parts.kv_layernorm)
         fused["self_attention"] = dataclasses.replace(attention, submodules=dataclasses.replace(parts, **norms))
         names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
         names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
     else:
         fused["input_layernorm"] = _fused(layer.input_layernorm)
         names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-    if layer.mlp.module is MLP:
+    if isinstance(submodules(layer.mlp), MLPSubmodules):
         fused["pre_mlp_layernorm"] = _fused(layer.pre_mlp_layernorm)
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return dataclasses.replace(layer, sharded_state_dict_keys_map=names, **fused)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 CHUNK = 1024
@@ -31,7 +33,7 @@ class LogitsObserver:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[list[torch.Tensor]]:
-        """Collects one `[rows, seq]` tensor of entropies, nats, for each forward pass inside."""
+        """Collects one `[rows, seq]` tensor of entropies, nats, for each forward pass inside, of this rank's tokens."""
         self._entropies, self._calls = [], 0
         try:
             yield self._entropies
@@ -51,10 +53,24 @@ class LogitsObserver:
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """H = log Z - sum_v p_v z_v of each row of logits, nats. `[..., vocab]` -> `[...]`"""
+    """H = log Z - sum_v p_v z_v of each row of logits, nats. `[..., vocab]` -> `[...]`
+
+    Each tensor-parallel rank has its part of the vocabulary, and gets the entropy over all of it.
+    """
     return torch.cat([_entropy(chunk.float()) for chunk in logits.split(CHUNK)])
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    normalizer = torch.logsumexp(logits, dim=-1)
-    return normalizer - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+    largest = logits.max(dim=-1).values
+    _reduce(largest, dist.ReduceOp.MAX)
+    shifted = logits - largest[..., None]
+    weights = shifted.exp()
+    sums = torch.stack([weights.sum(-1), (weights * shifted).sum(-1)])
+    _reduce(sums, dist.ReduceOp.SUM)
+    normalizer, energy = sums
+    return normalizer.log() - energy / normalizer
+
+
+def _reduce(values: torch.Tensor, how: Any) -> None:
+    if parallel_state.model_parallel_is_initialized() and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        dist.all_reduce(values, how, group=parallel_state.get_tensor_model_parallel_group())

@@ -10,6 +10,7 @@ table of tensor names gives W + alpha / rank * B A, so engines and Hugging Face 
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from megatron_r1.config.sections import LoraSection
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.placement import ParameterCounts
 from megatron_r1.model.scalar_head import ScalarHead
+
+T = TypeVar("T")
 
 _CHILD = "lora"
 _MIB = 2**20
@@ -60,13 +64,19 @@ def attach(model: GPTModel, section: LoraSection) -> None:
     """Freeze `model` and give its linear layers adapters. A scalar head, which begins at random, is trained whole.
 
     Raises:
-        ConfigError: there is no layer of that kind, or the model is cut over tensor-parallel ranks.
+        ConfigError: there is no layer of that kind, or matrices are cut over ranks.
     """
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        raise ConfigError("[model.lora] does not work with tensor parallelism: leave one of the two out")
+    sizes = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    if cut := [f"{name} = {size}" for name, size in sizes.items() if size > 1]:
+        raise ConfigError(f"[model.lora] does not work with {' and '.join(cut)} of [parallel]: leave one of them out")
     model.requires_grad_(False)
-    if isinstance(model.output_layer, ScalarHead):
-        model.output_layer.requires_grad_(True)
+    head = getattr(model, "output_layer", None)  # only the last pipeline stage has one
+    if isinstance(head, ScalarHead):
+        head.requires_grad_(True)
     linears = [
         (_kind(name), module)
         for name, module in model.named_modules()
@@ -90,20 +100,18 @@ def adapters(model: torch.nn.Module) -> dict[str, Adapter]:
     }
 
 
-def without_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's tensors by name, but those of its adapters."""
+def without_adapters(tensors: dict[str, T]) -> dict[str, T]:
+    """What belongs to a model's tensors by name, but to those of its adapters."""
     return {name: tensor for name, tensor in tensors.items() if f".{_CHILD}." not in name}
 
 
-def size(model: torch.nn.Module) -> str:
+def size(counts: ParameterCounts, dtype: torch.dtype) -> str:
     """How many parameters there are, how many are trained and what that saves, for people."""
-    total = sum(param.numel() for param in model.parameters())
-    frozen = [param for param in model.parameters() if not param.requires_grad]
-    if not frozen:
+    total, trained = counts
+    if trained == total:
         return f"{total:,} parameters"
-    trained = total - sum(param.numel() for param in frozen)
     # A float32 gradient and Adam's two moments; a bfloat16 parameter has a float32 master copy, too.
-    saved = sum(param.numel() * (12 if param.dtype is torch.float32 else 16) for param in frozen)
+    saved = (total - trained) * (12 if dtype is torch.float32 else 16)
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}), which saves {saved / _MIB:,.1f} MiB "
         "of gradients and optimizer state over all ranks"

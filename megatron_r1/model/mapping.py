@@ -1,82 +1,131 @@
 """Weights between Megatron modules and Hugging Face names, both ways, by one family's rules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from megatron_r1.errors import DataError
+from megatron_r1.model.collect import Sender, collected, senders
 from megatron_r1.model.family import Rule
 from megatron_r1.model.hf_folder import Weights
 from megatron_r1.model.lora import adapters, without_adapters
+from megatron_r1.model.parallel import is_first_rank
+from megatron_r1.model.placement import Share, shares
 
 
 class WeightMap:
     """The two-way table of one model.
 
-    `passthrough` holds Hugging Face tensors that the model was not built with (the MTP layers of a policy
-    that does not train them); they leave as they came.
+    `passthrough` holds, on the first rank, Hugging Face tensors that the model was not built with (the MTP layers of a
+    policy that does not train them); they leave as they came.
     """
 
     def __init__(self, rules: Iterator[Rule]) -> None:
         self.rules = list(rules)
         self.passthrough: dict[str, torch.Tensor] = {}
+        self._senders: dict[str, list[Sender]] | None = None
 
     @torch.no_grad()
-    def load(self, model: GPTModel, reader: Weights) -> None:
-        """Fill `model` from a Hugging Face checkpoint.
+    def load(self, chunks: Sequence[GPTModel], reader: Weights) -> None:
+        """Fill this rank's part of a model from a Hugging Face checkpoint. All ranks call it together.
 
         Raises:
             DataError: a tensor is missing, has the wrong shape, or is known to no rule.
         """
-        ours = weights(model)
+        ours = _by_name(chunks)
+        built = _anywhere(ours)
         known: set[str] = set()
         for rule in self.rules:
             known.update(rule.hf, rule.copies, rule.redundant)
             missing = [name for name in rule.hf if name not in reader]
-            target = ours.pop(rule.megatron, None)
-            if target is None:
+            if rule.megatron not in built and is_first_rank():
                 self.passthrough.update({name: reader[name] for name in (*rule.hf, *rule.copies) if name in reader})
+            targets = ours.pop(rule.megatron, ())
+            if not targets:
                 continue
             if missing:
                 raise DataError(f"the checkpoint has no {', '.join(missing)}, which fill {rule.megatron}")
-            value = rule.join([reader[name] for name in rule.hf])
-            if value.shape != target.shape:
-                raise DataError(
-                    f"{' + '.join(rule.hf)} has shape {list(value.shape)}, "
-                    f"but config.json makes {rule.megatron} {list(target.shape)}"
-                )
-            for name in rule.redundant:
-                if name in reader and not torch.equal(reader[name], value):
-                    raise DataError(
-                        f"the checkpoint's {name} differs from {rule.hf[0]}, but config.json says that they are one: "
-                        "set tie_word_embeddings = false there if they are two"
-                    )
-            target.copy_(value)
+            value = _joined(rule, reader, targets[0].shape)
+            for target in targets:
+                target.fill(value)
         if ours:
             raise DataError(f"no rule fills {len(ours)} tensors of the model, for example {next(iter(ours))}")
         unknown = [name for name in reader if name not in known]
         if unknown:
             raise DataError(f"no rule knows {len(unknown)} tensors of the checkpoint, for example {unknown[0]}")
 
-    def export(self, model: GPTModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names and values; views of the model's own memory where dtype and order already fit.
+    def export(self, chunks: Sequence[GPTModel], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and whole values on the first rank, nothing on the others, which have to iterate, too.
 
-        Adapters are merged into the weights that they belong to.
+        Views of the model's own memory where the rank holds all of a tensor, and dtype and order already fit. Adapters
+        are merged into the weights that they belong to.
         """
-        ours, added = without_adapters(weights(model)), adapters(model)
+        ours = _merged(chunks)
+        if self._senders is None:
+            self._senders = senders(ours)
+        left = dict(self._senders)
         for rule in self.rules:
-            if rule.megatron not in ours:
+            if (holders := left.pop(rule.megatron, None)) is None:
                 continue
-            tensor = ours.pop(rule.megatron).detach()
-            if adapter := added.get(rule.megatron):
-                tensor = adapter.merged(tensor)
-            tensor = tensor if rule.float32 else tensor.to(dtype)
+            kept = None if rule.float32 else dtype
+            if (tensor := collected(holders, ours.get(rule.megatron), kept)) is None:
+                continue
             yield from zip(rule.hf, rule.cut(tensor), strict=True)
             yield from ((name, tensor) for name in rule.copies)
-        if ours:
-            raise DataError(f"no rule exports {len(ours)} tensors of the model, for example {next(iter(ours))}")
+        if left:
+            raise DataError(f"no rule exports {len(left)} tensors of the model, for example {next(iter(left))}")
         yield from self.passthrough.items()
+
+
+def _joined(rule: Rule, reader: Weights, shape: tuple[int, ...]) -> torch.Tensor:
+    value = rule.join([reader[name] for name in rule.hf])
+    if tuple(value.shape) != shape:
+        raise DataError(
+            f"{' + '.join(rule.hf)} has shape {list(value.shape)}, but config.json makes {rule.megatron} {list(shape)}"
+        )
+    for name in rule.redundant:
+        if name in reader and not torch.equal(reader[name], value):
+            raise DataError(
+                f"the checkpoint's {name} differs from {rule.hf[0]}, but config.json says that they are one: "
+                "set tie_word_embeddings = false there if they are two"
+            )
+    return value
+
+
+def _by_name(chunks: Sequence[GPTModel]) -> dict[str, list[Share]]:
+    """Name in the whole model -> this rank's copies of its part: of an embedding, a pipeline stage may have two."""
+    found: dict[str, list[Share]] = {}
+    for share in shares(chunks):
+        found.setdefault(share.name, []).append(share)
+    return found
+
+
+def _anywhere(ours: Iterable[str]) -> set[str]:
+    """Names that some rank has."""
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, list(ours))
+    return set().union(*names)
+
+
+def _merged(chunks: Sequence[GPTModel]) -> dict[str, Share]:
+    """As `_by_name`, one copy of each, with adapters merged."""
+    added = [adapters(chunk) for chunk in chunks]
+    ours: dict[str, Share] = {}
+    for share in shares(chunks):
+        adapter = next((found[share.local] for found in added if share.local in found), None)
+        tensor = adapter.merged(share.tensor) if adapter else share.tensor
+        ours.setdefault(share.name, replace(share, tensor=_in_numbers(tensor)))
+    return without_adapters(ours)
+
+
+def _in_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What weights that are kept in 8 bits stand for."""
+    whole: torch.Tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+    return whole
 
 
 def weights(model: GPTModel) -> dict[str, torch.Tensor]:

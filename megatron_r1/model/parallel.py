@@ -1,7 +1,9 @@
 """The process group, Megatron's parallel state, and the seeds: one call at the start of a run."""
 
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,8 +13,13 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_r1.config.sections import ParallelSection
+from megatron_r1.errors import ConfigError
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+_PIPELINE_LAYOUT: ContextVar[str | None] = ContextVar("pipeline_layout", default=None)
+"""[parallel] pipeline_layout of this run, which Megatron's parallel state does not keep."""
 
 TIMEOUT = timedelta(days=1)
 """Longest that ranks wait for one another. A rollout, which may take hours, happens inside one wait; a rank that dies
@@ -20,11 +27,16 @@ needs no limit, because torchrun ends the others."""
 
 
 def initialize(section: ParallelSection, seed: int) -> None:
-    """Join the process group (a single process makes its own) and seed every generator."""
+    """Join the process group (a single process makes its own), lay the ranks out and seed every generator.
+
+    Raises:
+        ConfigError: the layout does not divide the processes.
+    """
     if not torch.cuda.is_available() and section.threads:
         torch.set_num_threads(section.threads)
     if not dist.is_initialized():
         if torch.cuda.is_available():
+            _set_environment(section)
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
@@ -32,9 +44,81 @@ def initialize(section: ParallelSection, seed: int) -> None:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        _refuse_indivisible(section, dist.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=section.tensor,
+            pipeline_model_parallel_size=section.pipeline,
+            virtual_pipeline_model_parallel_size=section.virtual_pipeline if section.virtual_pipeline > 1 else None,
+            context_parallel_size=section.context,
+            expert_model_parallel_size=section.expert,
+            expert_tensor_parallel_size=section.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+    _PIPELINE_LAYOUT.set(section.pipeline_layout)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _set_environment(section: ParallelSection) -> None:
+    """What CUDA reads when its first kernel runs, unless the user has set it."""
+    # Packed rows are never of one length: without it memory ends up in pieces that fit none.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if section.tensor > 1 or section.context > 1:
+        # Megatron-core starts a collective before the product that is to hide it, and relies on one queue for that.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def record_generators() -> None:
+    """Make Megatron's random generators ones whose state CUDA graphs can replay, with the same seed."""
+    model_parallel_cuda_manual_seed(torch.initial_seed(), use_cudagraphable_rng=True, force_reset_rng=True)
+
+
+def _refuse_indivisible(section: ParallelSection, processes: int) -> None:
+    dense, routed = section.tensor * section.context, section.expert * section.expert_tensor
+    for unit, names in (
+        (dense * section.pipeline, f"tensor {section.tensor} x context {section.context}"),
+        (routed * section.pipeline, f"expert {section.expert} x expert_tensor {section.expert_tensor}"),
+    ):
+        if processes % unit:
+            raise ConfigError(
+                f"[parallel]: {names} x pipeline {section.pipeline} = {unit} processes hold one model, which does not "
+                f"divide the {processes} that there are: start a multiple of {section.fewest}, or change the sizes"
+            )
+
+
+def layout_options() -> dict[str, Any]:
+    """The fields of Megatron's `TransformerConfig` that say how this run's model is cut.
+
+    Of one process where no parallel state has been made.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return {}
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    options: dict[str, Any] = {
+        "tensor_model_parallel_size": tensor,
+        "sequence_parallel": tensor > 1,
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    return options | {"pipeline_model_parallel_layout": _PIPELINE_LAYOUT.get()}
+
+
+def stages() -> list[int | None]:
+    """Numbers of this rank's virtual pipeline stages; [None] without."""
+    count = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return list(range(count)) if count else [None]
+
+
+def shared_by_processes() -> bool:
+    """Whether no process holds the whole model."""
+    groups = (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+    )
+    return any(group.size() > 1 for group in groups)
 
 
 def device() -> torch.device:
@@ -62,3 +146,20 @@ def from_first_rank(produce: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def consumed_by_first_rank(consume: Callable[[Iterator[T]], R], items: Iterator[T]) -> R:
+    """What `consume(items)` returns on the first rank, on every rank; all ranks take part in making the items.
+
+    An error there is raised on all, after the others have made what they had to.
+    """
+
+    def first() -> R:
+        try:
+            return consume(items)
+        finally:
+            deque(items, maxlen=0)
+
+    if not is_first_rank():
+        deque(items, maxlen=0)
+    return from_first_rank(first)

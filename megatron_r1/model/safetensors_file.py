@@ -131,17 +131,24 @@ class Writer:
     Args:
         path: where it will stand; a file of that name is overwritten.
         specs: every tensor that it will hold.
+        metadata: text by name, for the header.
+        reuse: write over what stands there, whose memory is kept where the file system is one; never remove it.
 
     Raises:
         DataError: the file cannot be created.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None, reuse: bool = False
+    ) -> None:
         self.path, self._specs = path, dict(specs)
-        header, self._offsets, size = _layout(self._specs)
+        header, self._offsets, size = _layout(self._specs, metadata or {})
+        self._reuse = reuse
         self._missing, self._lock = set(self._specs), threading.Lock()
+        self._turn = threading.Lock()  # the kernel lets threads spin while another writes to the file
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            emptied = 0 if reuse else os.O_TRUNC
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | emptied | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise self._failed(error) from error
         try:
@@ -196,7 +203,7 @@ class Writer:
         try:
             os.close(self._descriptor)
         finally:
-            self.path.unlink(missing_ok=True)
+            self._remove()
 
     def __enter__(self) -> Self:
         return self
@@ -208,14 +215,19 @@ class Writer:
         try:
             self.close()
         except BaseException:
-            self.path.unlink(missing_ok=True)
+            self._remove()
             raise
+
+    def _remove(self) -> None:
+        if not self._reuse:
+            self.path.unlink(missing_ok=True)
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
-            while len(view):
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
+            with self._turn:
+                while len(view):
+                    count = os.pwrite(self._descriptor, view, offset)
+                    view, offset = view[count:], offset + count
         except OSError as error:
             raise self._failed(error) from error
 
@@ -284,9 +296,9 @@ def _check_extent(path: Path, entries: list[Entry], start: int, size: int) -> No
         raise DataError(f"{path} has {size - end} bytes behind its last tensor")
 
 
-def _layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
+def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """The file's beginning, where each tensor stands, and the file's size in bytes."""
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     end = 0
     for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (end, end + spec.nbytes)}

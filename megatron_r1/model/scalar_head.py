@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -36,6 +37,8 @@ class ScalarHead(MegatronModule):
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """Value and, as Megatron's output layers give it, no bias."""
+        if self.config.sequence_parallel:  # every tensor-parallel rank scores all tokens, so no gradient is summed
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return F.linear(hidden.float(), self.weight.float()), None
 
 
@@ -47,12 +50,13 @@ class ScalarModel(GPTModel):
 
     def __init__(self, config: TransformerConfig, **arguments: Any) -> None:
         super().__init__(config=config, **arguments)
-        self.output_layer = ScalarHead(config)
+        if self.post_process:
+            self.output_layer = ScalarHead(config)
 
     def forward(self, *inputs: Any, labels: torch.Tensor | None = None, **named: Any) -> torch.Tensor:
-        """Values of the text up to and including each token. [batch, seq]"""
+        """Values of the text up to and including each token `[batch, seq]`; of an inner stage what it sends."""
         values: torch.Tensor = super().forward(*inputs, **named)
-        return values.squeeze(-1)
+        return values.squeeze(-1) if self.post_process else values
 
 
 def is_classifier(hf: HFConfig) -> bool:
@@ -107,10 +111,12 @@ class TrunkWeights:
         weights: the causal model's.
         causal: its family's rules.
         scalar: the scalar model's rules.
-        head: value of `score.weight`. [1, hidden]
+        head: value of `score.weight`, None on a pipeline stage that has none. [1, hidden]
     """
 
-    def __init__(self, weights: Weights, causal: Iterable[Rule], scalar: Iterable[Rule], head: torch.Tensor) -> None:
+    def __init__(
+        self, weights: Weights, causal: Iterable[Rule], scalar: Iterable[Rule], head: torch.Tensor | None
+    ) -> None:
         self._weights, self._left_out, self._head = weights, _names(causal) - _names(scalar), head
 
     def __iter__(self) -> Iterator[str]:
@@ -121,7 +127,9 @@ class TrunkWeights:
         return name == SCORE or (name not in self._left_out and name in self._weights)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._head if name == SCORE else self._weights[name]
+        if name == SCORE and self._head is not None:
+            return self._head
+        return self._weights[name]
 
 
 def _names(rules: Iterable[Rule]) -> set[str]:

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from megatron_r1.compat.megatron_specs import name_in_rules
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import build_skeleton
 from megatron_r1.model.family import HFConfig
+from megatron_r1.model.parallel import shared_by_processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,9 @@ def _layout(config: str, switches: tuple[str, ...]) -> Layout:
             objects.append(entry.unique_key)
         else:
             dtype = torch.float32 if entry.data.dtype == torch.float32 else stored
-            places[name] = Place(tuple(entry.data.shape), dtype, tuple(_piece(part) for part in _parts(entry)))
+            places[name_in_rules(name)] = Place(
+                tuple(entry.data.shape), dtype, tuple(_piece(part) for part in _parts(entry))
+            )
     return Layout(MappingProxyType(places), tuple(objects))
 
 
@@ -109,11 +113,7 @@ def _piece(tensor: ShardedTensor) -> Piece:
 def _one_process() -> Iterator[None]:
     """Megatron's parallel state of a single process, gone again afterwards unless it was there before."""
     if parallel_state.model_parallel_is_initialized():
-        shared = (
-            parallel_state.get_model_parallel_group(),
-            parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
-        )
-        if any(group.size() > 1 for group in shared):
+        if shared_by_processes():
             raise RuntimeError("a model's layout is that of one process, but here processes share a model")
         yield
         return

@@ -12,8 +12,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 class Trainable:
     """A model ready to be trained."""
 
-    ddp: DistributedDataParallel
-    module: GPTModel
-    """The same model without its wrappers."""
+    ddp: list[DistributedDataParallel]
+    """Each chunk of the model (`BuiltModel.chunks`), wrapped."""
+    chunks: list[GPTModel]
+    """The same without their wrappers."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler

@@ -7,7 +7,7 @@ from megatron_r1.recipe.hashes import Hashes, files_of, folder_hash
 from megatron_r1.recipe.plan import Plan, Stage
 from megatron_r1.recipe.tree import reference
 
-WORKING = {"checkpoints", "logs", "tensorboard", "wandb", "cache", "sync"}
+WORKING = {"checkpoints", "logs", "tensorboard", "wandb", "cache", "sync", "heartbeats", "bad_batches"}
 """Folders of a stage that serve the run itself: to go on, to look into it, to hand weights over."""
 ABOUT = {"stage.json", "stage.toml", "lineage.json", "config.toml", "run.json", "run.log", "report.html"}
 """Files of a stage that tell about the run."""

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, RootModel
 
 from megatron_r1.config.load import load, validate
+from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.recipe import EvaluationSuite, OpenSection, RecipeConfig, Tree
 from megatron_r1.errors import ConfigError, UserError, nearest
 from megatron_r1.recipe.outside import outside_files
@@ -48,8 +49,19 @@ def read_recipe(path: Path, overrides: list[str], verbs: Mapping[str, Verb]) -> 
         ConfigError: an unreadable file; unknown verbs, keys, fragments, services, stages; values that a verb refuses;
             names that are not identifiers; a circle. Mistakes inside stages are reported together.
     """
-    config = load(path, overrides, RecipeConfig)
-    return _Expansion(path, config, verbs).plan()
+    return _Expansion(path, validate(RecipeConfig, _laid_over(path, overrides), str(path)), verbs).plan()
+
+
+def _laid_over(path: Path, overrides: list[str]) -> Tree:
+    """A recipe's tree over those that it extends."""
+    tree = load(path, overrides, RunFile).root
+    seen = {path.name}
+    while isinstance(name := tree.pop("extends", None), str):
+        if name in seen or Path(name).name != name:
+            raise ConfigError(f"{path}: extends = {name!r} has to be another recipe in the same folder")
+        seen.add(name)
+        tree = merge(load(path.parent / name, [], RunFile).root, tree)
+    return tree
 
 
 class _Expansion:
@@ -111,7 +123,15 @@ class _Expansion:
             reads=reads,
             files=outside_files(config, resolved, commands, self.output),
             services=draft.section.services,
+            plan=self._planned(draft.section.plan),
         )
+
+    def _planned(self, own: PlanSection | None) -> PlanSection:
+        """[plan], and what a stage says itself over it."""
+        given = [
+            section.model_dump(exclude_unset=True, exclude={"models"}) for section in (self.config.plan, own) if section
+        ]
+        return PlanSection(**{key: value for part in given for key, value in part.items()})
 
     def _verb(self, draft: Draft) -> Verb:
         if not draft.verb:

@@ -83,20 +83,23 @@ def final_figures(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def look_up(tree: Any, path: str) -> Any:
-    """The value at a dotted path, None if there is none or it is a table."""
+    """The value at a dotted path, in a list by its number; None if there is none or it is a table."""
     for part in path.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
+        if isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
     return None if isinstance(tree, dict | list) else tree
 
 
 def unmatched(plan: Plan) -> list[str]:
     """For each figure that no finished evaluation has: a line for people, with the nearest that there is."""
-    results = [flatten(final_figures(plan, name)) for name in plan.models.values()]
-    known = {path for figures in results for path in figures}
+    results = [final_figures(plan, name) for name in plan.models.values()]
+    known = {path for figures in results for path in flatten(figures)}
     return [
         f"figure {figure!r}: no evaluation has {path!r}{nearest(path, known)}"
         for figure, path in plan.figures.items()
-        if known and path not in known
+        if known and path not in known and all(look_up(figures, path) is None for figures in results)
     ]
 
 

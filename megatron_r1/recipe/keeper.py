@@ -2,10 +2,10 @@
 
     python -m megatron_r1.recipe.keeper <process id of the recipe> <command> [argument ...]
 
-It leads a process group of its own with the verb in it. SIGTERM is handed on to the verb alone, which unwinds and
-closes its engines and workers in its own time; the exit code is the verb's. When the recipe is gone, however it ended,
-the verb is asked in the same way, and after a while the whole group is killed. Standard library only: it has to start
-at once.
+It leads a process group of its own with the verb in it. SIGTERM and SIGUSR1 are handed on to the verb alone, which
+saves, unwinds, and closes its engines and workers in its own time; the exit code is the verb's. When the recipe is
+gone, however it ended, the verb is asked by SIGTERM, and after a while the whole group is killed. Standard library
+only: it has to start at once.
 """
 
 import os
@@ -24,7 +24,8 @@ def main() -> int:
     verb = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     # Not before: the verb would inherit what is ignored. Ctrl-C is the recipe's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: verb.terminate())
+    for asking in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(asking, lambda signum, frame: verb.send_signal(signum))
     while _alive(verb, POLL_SECONDS):
         if os.getppid() != parent:
             verb.terminate()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_r1.config.load import validate
+from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.recipe import RecipeConfig, ServiceSection, Tree
 from megatron_r1.config.section import Section
 from megatron_r1.data.files import write_json
@@ -48,6 +49,8 @@ class Stage(Section):
     files: list[str]
     """What it reads that no stage makes."""
     services: list[str]
+    plan: PlanSection = PlanSection()
+    """What its plan has to know."""
 
 
 class Plan(Section):
@@ -62,6 +65,10 @@ class Plan(Section):
     """Evaluated model -> the stage that evaluates it."""
     figures: dict[str, str]
     """As in `EvaluationSuite`."""
+    planned: bool = False
+    """Whether a dry run plans it: the recipe has a [plan]."""
+    configs: dict[str, Path] = {}
+    """Path of a model -> where its `config.json` lies before the model does."""
 
     def stage(self, name: str) -> Stage:
         """The stage of that name.
@@ -123,6 +130,8 @@ def make_plan(config: RecipeConfig, output: Path, stages: list[Stage]) -> Plan:
         services=config.services,
         models={name: evaluation_stage(name) for name in suite.models} if suite else {},
         figures=suite.figures if suite else {},
+        planned=config.plan is not None,
+        configs=config.plan.models if config.plan else {},
     )
 
 

@@ -18,7 +18,7 @@ from megatron_r1.recipe.hashes import Hashes
 from megatron_r1.recipe.lock import Lock
 from megatron_r1.recipe.outside import place
 from megatron_r1.recipe.plan import Plan, Stage
-from megatron_r1.recipe.process import DISK_FULL, StageError, run_verb
+from megatron_r1.recipe.process import DISK_FULL, SAVED, StageError, run_verb
 from megatron_r1.recipe.record import Record, key_of, read_lineage, supersede, write_lineage
 from megatron_r1.recipe.services import Services
 from megatron_r1.recipe.show import WORDS, duration, print_outcome
@@ -181,7 +181,12 @@ class Run:
         check_promises(self.plan, stage)
 
     def _attempt(self, stage: Stage, record: Record) -> None:
-        """Run the verb in the stage's folder."""
+        """Run the verb in the stage's folder.
+
+        Raises:
+            SystemExit: a signal has asked the recipe or the verb to end; `SAVED` if the verb has saved.
+            StageError: the verb failed.
+        """
         folder = self.plan.folder(stage)
         folder.mkdir(exist_ok=True)
         config = resolve(stage.config, self.plan.output) | {"output": str(folder)}
@@ -198,11 +203,16 @@ class Run:
 
         state = "interrupted"
         try:
-            code = run_verb(stage.verb, folder / STAGE_FILE, self.lock, self.choice.quiet, watch)
-            state = "failed" if code or not (folder / stage.final).exists() else "done"
+            code, asked = run_verb(stage.verb, folder / STAGE_FILE, self.lock, self.choice.quiet, watch)
+            if not code:
+                state = "done" if (folder / stage.final).exists() else "failed"
+            elif not asked and code != SAVED:
+                state = "failed"
         finally:
             attempt.state, attempt.seconds = state, round(time.monotonic() - begin, 3)
             record.save(folder)
+        if asked or code == SAVED:
+            sys.exit(code or 128 + asked)
         if code:
             raise StageError(_explain(stage, code, folder))
         if state != "done":

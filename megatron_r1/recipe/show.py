@@ -39,7 +39,7 @@ def show_status(output: Path, as_json: bool) -> None:
 
 
 def dry_run(plan: Plan, as_json: bool, stage: str | None) -> None:
-    """`megatron-r1 run --dry-run`: the graph as it stands, or the run file of one stage.
+    """`megatron-r1 run --dry-run`: the graph as it stands, with what each stage needs; or the run file of one stage.
 
     Raises:
         ConfigError: no such stage.
@@ -49,13 +49,22 @@ def dry_run(plan: Plan, as_json: bool, stage: str | None) -> None:
         config = resolve(chosen.config, plan.output) | {"output": str(plan.folder(chosen))}
         print(tomli_w.dumps(config), end="")
         return
-    _show(plan, as_json)
+    if not plan.planned:
+        _show(plan, as_json)
+        return
+    from megatron_r1.recipe import forecast  # it takes the seconds that torch takes
+
+    made = forecast.forecasts(plan)
+    _show(plan, as_json, forecast.description(made) if as_json else None)
+    if not as_json:
+        print()
+        forecast.print_forecasts(made)
 
 
-def _show(plan: Plan, as_json: bool) -> None:
+def _show(plan: Plan, as_json: bool, forecast: Mapping[str, Any] | None = None) -> None:
     description = describe(plan, Ledger(plan, Hashes(plan.output / Hashes.FILE)).standings())
     if as_json:
-        print(json.dumps(description))
+        print(json.dumps(description | ({"plan": forecast} if forecast else {})))
     else:
         print_graph(plan, description)
 

@@ -22,6 +22,9 @@ class Metric:
 
 METRICS = {
     "reward": Metric("Reward", "reward"),
+    "learner_idle": Metric("Learner idle", "wait", "percent"),
+    "fleet_idle": Metric("Fleet idle", "idle fleet", "percent"),
+    "importance_changed": Metric("Importance weights bounded", "bounded", "percent"),
     "accuracy": Metric("Accuracy", "acc", "percent"),
     "format": Metric("Format", "format", "percent"),
     "response_length": Metric("Response length, tokens", "length", "count"),
@@ -32,10 +35,16 @@ METRICS = {
     "loss": Metric("Loss", "loss"),
     "validation_loss": Metric("Validation loss", "val loss"),
     "mtp_loss": Metric("MTP loss", "mtp"),
-    "balance_loss": Metric("Balance loss", "balance", "scientific"),
     "grad_norm": Metric("Gradient norm", "grad"),
     "lr": Metric("Learning rate", "lr", "scientific"),
     "tokens_per_second": Metric("Tokens per second", "tok/s", "count"),
+    "tflops": Metric("TFLOP/s of each device", "TFLOP/s"),
+    "mfu": Metric("Model FLOPs utilisation", "MFU", "percent"),
+    "load_violation": Metric("Largest expert load above the mean", "load"),
+    "load_violation_max": Metric("The same, worst layer", "load max"),
+    "idle_experts": Metric("Experts without a token", "idle experts", "percent"),
+    "bias_spread": Metric("Routing bias, largest less smallest", "bias", "scientific"),
+    "memory_peak_max": Metric("Peak memory of a process, GiB", "GiB"),
     "truncated": Metric("Truncated responses", "cut", "percent"),
     "clip_fraction": Metric("Clipped ratios", "clipped", "percent"),
     "reflective_words": Metric("Reflective words per 1000 responses", "reflect", "count"),
@@ -53,7 +62,7 @@ METRICS = {
 
 CONSOLE = (
     *("reward", "accuracy", "format", "response_length", "loss", "validation_loss", "grad_norm"),
-    *("kl", "entropy", "logprob_difference_mean", "tokens_per_second"),
+    *("kl", "entropy", "logprob_difference_mean", "tokens_per_second", "mfu"),
 )
 """What the console shows, in this order, of the metrics that a run has."""
 
@@ -90,8 +99,24 @@ CHARTS = (
     ChartPlan("Gradient norm", ("grad_norm",), "before clipping"),
     ChartPlan("Learning rate", ("lr",), "at the end of the step"),
     ChartPlan("Throughput", ("tokens_per_second",), "tokens per second"),
+    ChartPlan("Operations", ("tflops",), "TFLOP/s of each device, recomputation not counted"),
+    ChartPlan("Utilisation", ("mfu",), "operations over what the device can do at most"),
+    ChartPlan("Memory", ("memory_peak_max",), "peak of the process that needs most, GiB"),
     ChartPlan("Clipped and truncated", ("clip_fraction", "truncated"), "share of ratios, share of responses"),
-    ChartPlan("Balance loss", ("balance_loss",), "of the experts, per sequence"),
+    ChartPlan(
+        "Expert load",
+        ("load_violation", "load_violation_max"),
+        "share by which the busiest expert of a layer is above the mean (MaxVio), mean over layers and worst layer",
+    ),
+    ChartPlan("Expert load by layer", ("load_violation/",), "the same of each layer, MTP layers last"),
+    ChartPlan("Idle experts", ("idle_experts",), "share of experts without a token in a step"),
+    ChartPlan("Staleness", ("staleness/",), "share of a step's groups by the age of their weights, steps"),
+    ChartPlan("Idle", ("learner_idle", "fleet_idle"), "share of the time"),
+    ChartPlan(
+        "Engine and learner", ("mismatch_kl", "mismatch_kl_kept"), "KL(engine || learner), nats per token", log=True
+    ),
+    ChartPlan("Importance weights changed", ("importance_changed",), "share of tokens"),
+    ChartPlan("Routing bias", ("bias_spread",), "largest less smallest of a layer, mean over layers"),
 )
 
 

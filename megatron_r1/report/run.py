@@ -18,8 +18,8 @@ import json
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,6 +47,7 @@ class Report:
         config_toml: the resolved config.
         resume_step: the first step that will be run; what an earlier run left of it and later is dropped.
         enabled: False on every rank but the first: the same calls then do nothing.
+        watch: told the step and the phase, "" between phases, whenever they change, on every rank.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Report:
         config_toml: str,
         resume_step: int = 0,
         enabled: bool = True,
+        watch: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
-        self.output, self.enabled = output, enabled
+        self.output, self.enabled, self._watch = output, enabled, watch
         self._section, self._title, self._config_toml = section, title, config_toml
         self._total_steps, self._resume_step = total_steps, resume_step
         self._metrics, self._clock = Metrics(), PhaseClock()
@@ -104,9 +106,10 @@ class Report:
     ) -> None:
         if not self.enabled:
             return
-        self._stack.close()
-        if not self._rendered:
-            render(self.output)
+        with suppress(OSError) if error else nullcontext():  # a full disk must not hide what has ended the run
+            self._stack.close()
+            if not self._rendered:
+                render(self.output)
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -205,6 +208,7 @@ class Report:
         return clean
 
     def _begin(self, phase: str) -> None:
+        self._watch(self._step, phase)
         for display in self._displays:
             display.begin(self._step, phase)
 

@@ -30,4 +30,8 @@ def open_trackers(
         from megatron_r1.report.wandb_tracker import WeightsAndBiases
 
         trackers.append(WeightsAndBiases(section, output, title, config))
+    if section.prometheus_port:
+        from megatron_r1.report.prometheus_tracker import Prometheus
+
+        trackers.append(Prometheus(section.prometheus_address, section.prometheus_port, output.name))
     return trackers

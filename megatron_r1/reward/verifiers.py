@@ -98,6 +98,7 @@ class _Worker:
             for sample in group.samples
         ]
         verdicts: list[Verdict] = []
+        asked_again: int | None = None
         self._ensure_running()
         while len(verdicts) < len(singles):
             self._ensure_running()
@@ -111,6 +112,10 @@ class _Worker:
                 verdicts.append(Verdict(None, error=f"no verdict in {limit:g} s", timed_out=True))
             except (EOFError, OSError):
                 code = self.kill()
+                # A process does not do this to itself: the kernel did, or a person, perhaps because of another sample.
+                if code == -signal.SIGKILL and asked_again != len(verdicts):
+                    asked_again = len(verdicts)
+                    continue
                 verdicts.append(Verdict(None, error=f"its worker died (exit code {code})"))
         return verdicts
 

@@ -1,6 +1,5 @@
-"""The HTTP side of one vLLM server: batches of responses, weight updates, health; every call has a deadline."""
+"""The HTTP side of one vLLM server: health and weight updates; every call has a deadline."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,7 @@ from typing import Any
 import httpx
 
 from megatron_r1.errors import EngineError
-from megatron_r1.rollout.engine import SAMPLE_PATH, Sampling
-from megatron_r1.rollout.server import Server
+from megatron_r1.rollout.server import EngineLostError, RemoteServer, Server
 
 HEALTH_SECONDS = 5.0
 CONTROL_SECONDS = 60.0
@@ -24,12 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class Client:
-    """Calls one server; a failure of any kind becomes an `EngineError` with the end of the server's log."""
+    """Calls one server; a failure of any kind becomes an `EngineError` with the end of the server's log.
 
-    def __init__(self, server: Server, timeout: float) -> None:
+    Args:
+        timeout: seconds that a call may take.
+        token: what the server wants to be shown.
+    """
+
+    def __init__(self, server: Server | RemoteServer, timeout: float, token: str | None = None) -> None:
         self.server = server
         self.timeout = timeout
-        self._http = httpx.Client(base_url=server.url, timeout=timeout, trust_env=False)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=server.url, timeout=timeout, headers=headers, trust_env=False)
 
     def healthy(self) -> bool:
         """Does the server answer yet?"""
@@ -47,35 +51,6 @@ class Client:
         except httpx.TransportError:
             return True
 
-    def sample(
-        self, prompts: list[list[int]], seeds: list[list[int]], max_tokens: list[int], sampling: Sampling
-    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Number of a prompt and its responses, one for each seed, as `batch_route.py` answers: as they complete."""
-        request = {
-            "prompts": prompts,
-            "seeds": seeds,
-            "max_tokens": max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "stop_token_ids": list(sampling.stop_token_ids),
-        }
-        started, answered = time.monotonic(), 0
-        with self._failures(SAMPLE_PATH, self.timeout):
-            with self._http.stream("POST", SAMPLE_PATH, json=request) as response:
-                if response.status_code != httpx.codes.OK:
-                    response.read()
-                    raise self._refused(SAMPLE_PATH, response.status_code, response.text)
-                for line in response.iter_lines():
-                    answer = json.loads(line)
-                    if "error" in answer:
-                        raise self._refused(SAMPLE_PATH, httpx.codes.INTERNAL_SERVER_ERROR, answer["error"])
-                    if time.monotonic() - started > self.timeout:
-                        raise httpx.ReadTimeout("the batch as a whole")
-                    answered += 1
-                    yield answer["prompt"], answer["responses"]
-            if answered < len(prompts):
-                raise httpx.RemoteProtocolError(f"{answered} of {len(prompts)} prompts answered")
-
     def update_weights(self, path: Path, version: int) -> None:
         """Follow vLLM's sequence: hold the scheduler, start, load, finish, forget what old weights computed, let go.
 
@@ -87,18 +62,25 @@ class Client:
         self._call("POST", "/update_weights", self.timeout, json={"update_info": {"path": str(path)}})
         self._call("POST", "/finish_weight_update", self.timeout, json={"weight_version": str(version)})
         reset = self._call("POST", "/reset_prefix_cache", CONTROL_SECONDS, params={"reset_running_requests": True})
-        if not reset["success"]:
+        if not reset.get("success"):
             raise EngineError(f"vLLM at {self.server.url} could not empty its prefix cache after a weight update")
         self._call("POST", "/resume", CONTROL_SECONDS)
         if (reported := self.weight_version()) != str(version):
-            raise EngineError(f"vLLM at {self.server.url} reports weights {reported!r} after an update to {version}")
+            raise EngineLostError(
+                f"vLLM at {self.server.url} reports weights {reported!r} after an update to {version}"
+            )
 
     def set_weight_version(self, version: int) -> None:
         """Name the weights that the server has loaded by itself."""
         self._call("POST", "/update_weight_version", CONTROL_SECONDS, json={"new_version": str(version)})
 
+    def resume(self) -> None:
+        """Let the scheduler go, whoever has held it."""
+        self._call("POST", "/resume", CONTROL_SECONDS)
+
     def weight_version(self) -> str:
-        return str(self._call("GET", "/weight_info", CONTROL_SECONDS)["weight_version"])
+        """Of the weights that the server says it has."""
+        return str(self._call("GET", "/weight_info", CONTROL_SECONDS).get("weight_version"))
 
     def close(self) -> None:
         self._http.close()
@@ -108,20 +90,25 @@ class Client:
             response = self._http.request(method, path, timeout=timeout, **request)
         if response.status_code != httpx.codes.OK:
             raise self._refused(path, response.status_code, response.text)
-        answer: dict[str, Any] = response.json()
-        return answer
+        try:
+            answer = response.json()
+        except ValueError as error:
+            said = self.server.failure(f"answered {path} with what is no JSON: {response.text[:200]}")
+            raise EngineLostError(said) from error
+        return answer if isinstance(answer, dict) else {}
 
     @contextmanager
     def _failures(self, path: str, timeout: float) -> Iterator[None]:
         try:
             yield
         except httpx.TimeoutException as error:
-            raise self.server.failure(f"did not answer {path} within {timeout:g} s") from error
+            raise EngineLostError(self.server.failure(f"did not answer {path} within {timeout:g} s")) from error
         except httpx.TransportError as error:
-            raise self.server.failure(f"died during {path} ({error})") from error
+            raise EngineLostError(self.server.failure(f"died during {path} ({error})")) from error
 
     def _refused(self, path: str, status: int, text: str) -> EngineError:
-        return self.server.failure(f"answered {path} with {status}: {text[:500]}")
+        error = self.server.failure(f"answered {path} with {status}: {text[:500]}")
+        return EngineLostError(error) if self.lost() else error
 
 
 def wait_until_healthy(clients: Sequence[Client], timeout: float, key: str) -> None:

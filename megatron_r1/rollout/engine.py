@@ -7,13 +7,12 @@ only for the rewards to read.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from megatron_r1.errors import EngineError
 from megatron_r1.types import Sample
 
 SAMPLE_PATH = "/megatron_r1/sample"
-"""Route of a whole batch, inside the server (`batch_route.py`)."""
+"""Route of samples, inside the server (`batch_route.py`)."""
 TRANSPORT = "megatron_r1_shm"
 """What our weight transport is called in vLLM (`receiver.py`)."""
 
@@ -90,16 +89,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop every process of the engine; may be called more than once."""
         ...
-
-
-def to_sample(answer: dict[str, Any], decode: Decode) -> Sample:
-    """One response of the batch route (see `batch_route.py`) as a `Sample`."""
-    if answer["finish_reason"] not in ("stop", "length"):
-        raise EngineError(f"the rollout engine ended a response by {answer['finish_reason']!r} instead of finishing it")
-    return Sample(
-        tokens=answer["tokens"],
-        logprobs=answer["logprobs"],
-        text=decode(answer["tokens"]),
-        finished=answer["finish_reason"] == "stop",
-        weight_version=min(int(version) for version in answer["weight_versions"]),
-    )

@@ -1,29 +1,34 @@
 """The vLLM servers of a run as one engine: started together, fed together, stopped together."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Literal, Self
 
 from megatron_r1.config.sections import RolloutSection
-from megatron_r1.errors import DataError
-from megatron_r1.rollout.client import HEALTH_SECONDS, Client, wait_until_healthy
-from megatron_r1.rollout.engine import Decode, Sampling, to_sample
-from megatron_r1.rollout.server import Server, engine_server, read_config
+from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.rollout.client import wait_until_healthy
+from megatron_r1.rollout.engine import Decode, Sampling
+from megatron_r1.rollout.engines import Engines, Work
+from megatron_r1.rollout.flow import Flow
+from megatron_r1.rollout.member import START_KEY, Member, Weights
+from megatron_r1.rollout.refill import Refill
+from megatron_r1.rollout.responses import to_sample
+from megatron_r1.rollout.server import RemoteServer, Server, engine_server, read_config
+from megatron_r1.rollout.shares import Shares
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
 
-T = TypeVar("T")
-POLL_SECONDS = 0.25
-
 
 class Fleet:
-    """`section.engines` vLLM servers; a context manager that leaves no process behind.
+    """The vLLM servers of a run; a context manager that leaves no process behind.
+
+    An engine that is lost is restarted and brought to the right weights (`engines.py`); how prompts reach engines is
+    `section.dispatch` (`shares.py`, `refill.py`).
 
     Args:
         section: the run file's [rollout].
@@ -36,27 +41,29 @@ class Fleet:
     Raises:
         EngineError: a port is in use, or a server died at start or was not ready in time.
         DataError: the model folder has no readable config.json, or names no end-of-sequence token.
+        ConfigError: engines at addresses, and no token for them in the environment.
     """
 
     def __init__(
         self, section: RolloutSection, model: Path, run_dir: Path, dtype: str, decode: Decode, version: int = 0
     ) -> None:
         self.section = section
-        self.run_dir = run_dir
         self.version = version
         """Version of the weights that the next responses come from."""
-        self._decode = decode
+        self._model, self._run_dir, self._dtype, self._decode = model, run_dir, dtype, decode
         self._stop_token_ids = stop_token_ids(model)
-        self._servers: list[Server] = []
-        self._clients: list[Client] = []
-        self._threads = ThreadPoolExecutor(section.engines, thread_name_prefix="rollout")
+        self._token = _token(section)
+        self._engines: Engines | None = None
+        self._members: list[Member] = []
+        weights = Weights(version)
         try:
-            for index in range(section.engines):
-                log = run_dir / "logs" / f"engine-{index}.log"
-                self._servers.append(engine_server(section, index, model, dtype, log))
-            self._clients = [Client(server, section.request_timeout) for server in self._servers]
-            wait_until_healthy(self._clients, section.start_timeout, "rollout.start_timeout")
-            self._on_all(lambda client: client.set_weight_version(version))
+            for index in range(len(section.addresses) or section.engines):
+                self._members.append(Member(f"engine-{index}", section, partial(self.server, index), self._token))
+            wait_until_healthy([member.client for member in self._members], section.start_timeout, START_KEY)
+            for member in self._members:
+                member.load(weights)
+            self._engines = Engines(self._members, section, weights)
+            self.feed(section.dispatch)
         except BaseException:  # Ctrl-C and SIGTERM too
             self.close()
             raise
@@ -69,6 +76,22 @@ class Fleet:
     ) -> None:
         self.close()
 
+    def feed(self, dispatch: Literal["batch", "continuous"]) -> None:
+        """Choose how prompts reach engines; not while they are busy."""
+        engines = self._running
+        self._dispatch: Refill | Shares
+        if dispatch == "continuous":
+            self._dispatch = Refill(engines, self.section.max_num_seqs)
+        else:
+            self._dispatch, engines.watcher = Shares(engines), None
+
+    def server(self, index: int) -> Server | RemoteServer:
+        """Start engine number `index`, or say where it is."""
+        if self.section.addresses:
+            return RemoteServer(self.section.addresses[index])
+        log = self._run_dir / "logs" / f"engine-{index}.log"
+        return engine_server(self.section, index, self._model, self._dtype, log, self._token)
+
     def sample(
         self,
         prompts: Sequence[list[int]],
@@ -79,7 +102,7 @@ class Fleet:
         top_p: float | None = None,
         max_tokens: int | None = None,
     ) -> list[list[Sample]]:
-        """See `Engine.sample`."""
+        """See `Engine.sample`; bitwise the same every time with `dispatch = "batch"` only."""
         answers = dict(
             self.stream(prompts, n=n, seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         )
@@ -95,7 +118,7 @@ class Fleet:
         top_p: float | None = None,
         max_tokens: int | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """See `Engine.stream`. Prompts are dealt out in contiguous shares, one to each server."""
+        """See `Engine.stream`."""
         sampling = Sampling(
             temperature=self.section.temperature if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
@@ -105,42 +128,57 @@ class Fleet:
         room = [self._room(index, prompt, sampling) for index, prompt in enumerate(prompts)]
         # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
         seeds = [[stream_seed(seed, index, sample) for sample in range(n)] for index in range(len(prompts))]
-        share = -(-len(prompts) // len(self._clients))
-        arrived: SimpleQueue[tuple[int, list[dict[str, Any]]]] = SimpleQueue()
+        work = Work(list(prompts), seeds, room, sampling)
+        running = self._running.start(self._dispatch.run(work))
+        running.add_done_callback(lambda _: work.arrived.put(None))
+        try:
+            for _ in prompts:
+                if (arrived := work.arrived.get()) is None:
+                    running.result()
+                    raise RuntimeError("the dispatch has ended before all prompts were answered")
+                index, responses = arrived
+                yield index, [to_sample(response, self._decode) for response in responses]
+        finally:
+            running.cancel()
 
-        def draw(engine: int) -> None:
-            part = slice(engine * share, (engine + 1) * share)
-            if prompts[part]:
-                for index, answers in self._clients[engine].sample(
-                    list(prompts[part]), seeds[part], room[part], sampling
-                ):
-                    arrived.put((part.start + index, answers))
+    def flow(self, at_group_borders: bool = False) -> Flow:
+        """Groups that are asked one by one while the caller does something else; needs `dispatch = "continuous"`."""
+        if not isinstance(self._dispatch, Refill):
+            raise RuntimeError('a flow needs dispatch = "continuous"')
+        sampling = Sampling(self.section.temperature, 1.0, self.section.max_tokens, self._stop_token_ids)
 
-        futures = [self._threads.submit(draw, engine) for engine in range(len(self._clients))]
-        for _ in prompts:
-            index, answers = self._next(arrived, futures)
-            yield index, [to_sample(answer, self._decode) for answer in answers]
+        def room(prompt: list[int]) -> int:
+            return self._room(0, prompt, sampling)
+
+        return Flow(self._running, self._dispatch, sampling, self._decode, room, at_group_borders)
+
+    def idle(self) -> float:
+        """See `Engines.idle`."""
+        return self._running.start(self._running.idle()).result()
 
     def update_weights(self, path: Path, version: int) -> None:
-        """See `Engine.update_weights`; every server reads the same file."""
-        self._on_all(lambda client: client.update_weights(path, version))
+        """See `Engine.update_weights`; every server reads the same file, and the fleet keeps it open for later ones."""
+        self._running.start(self._running.update_weights(path, version)).result()
         self.version = version
 
-    def check(self) -> None:
-        """Raise `EngineError` if a server has died; between batches nothing else would notice."""
-        for server in self._servers:
-            if not server.alive():
-                raise server.failure("has died")
+    def figures(self) -> dict[str, float]:
+        """See `Engines.figures`."""
+        return self._running.start(self._running.figures()).result()
 
     def close(self) -> None:
-        """Stop every server; may be called more than once."""
-        for server in self._servers:
-            server.terminate()  # all at once, so that they end in parallel
-        for server in self._servers:
-            server.close()
-        for client in self._clients:
-            client.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Stop every server of the run; may be called more than once."""
+        for member in self._members:
+            member.terminate()  # all at once, so that they end in parallel
+        if self._engines:
+            self._engines.close()
+        for member in self._members:
+            member.close()
+
+    @property
+    def _running(self) -> Engines:
+        if self._engines is None:
+            raise RuntimeError("the fleet has not started")
+        return self._engines
 
     def _room(self, index: int, prompt: list[int], sampling: Sampling) -> int:
         room = self.section.max_model_len - len(prompt)
@@ -152,37 +190,15 @@ class Fleet:
             )
         return min(room, sampling.max_tokens)
 
-    def _next(self, arrived: "SimpleQueue[T]", futures: Sequence["Future[None]"]) -> T:
-        """What arrives next; a failure of any server is raised without waiting for the others.
 
-        A server whose engine has died may hold its connections open for ever, so health is asked for meanwhile.
-        """
-        asked = time.monotonic()
-        while True:
-            for future in futures:
-                if future.done():
-                    future.result()
-            with suppress(Empty):
-                return arrived.get(timeout=POLL_SECONDS)
-            if time.monotonic() - asked > HEALTH_SECONDS:
-                asked = time.monotonic()
-                self._check_answering()
-
-    def _on_all(self, call: Callable[[Client], None]) -> None:
-        """`call` for each server at once; the first failure is raised without waiting for the others."""
-        futures = [self._threads.submit(call, client) for client in self._clients]
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, HEALTH_SECONDS, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-            if not done:
-                self._check_answering()
-
-    def _check_answering(self) -> None:
-        for client in self._clients:
-            if client.lost():
-                raise client.server.failure("has died")
+def _token(section: RolloutSection) -> str:
+    """What the run's own engines are told to ask for, or what those at addresses do."""
+    if not section.addresses:
+        return secrets.token_urlsafe(32)
+    token = os.environ.get(section.token_env, "")
+    if not token:
+        raise ConfigError(f"rollout.addresses needs the engines' token in the environment as {section.token_env}")
+    return token
 
 
 def stop_token_ids(model: Path) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ its factory under the name `megatron_r1_shm`. vLLM imports it in every worker by
 `--worker-extension-cls megatron_r1.rollout.receiver.Receiver`, which needs no installed entry point.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,11 +17,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from megatron_r1.rollout.checksum import KEY, VERSION, checksum, checksum_of_all
 from megatron_r1.rollout.engine import TRANSPORT
+
+logger = init_logger("vllm.megatron_r1")  # vLLM writes what its own loggers say
 
 
 @dataclass
@@ -50,7 +55,10 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(read(update_info.path))
+        received: dict[str, str] = {}
+        self.model.load_weights(read(update_info.path, received))
+        version = version_of(update_info.path)
+        logger.info("received weights %s: %d tensors, checksum %s", version, len(received), checksum_of_all(received))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -60,11 +68,26 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Nothing to release."""
 
 
-def read(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, one at a time, of a safetensors file."""
+def read(path: str, received: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one at a time, of a safetensors file; their checksums go to `received`.
+
+    Raises:
+        ValueError: a tensor is not what the trainer wrote, as the file's metadata tell.
+    """
     with safe_open(path, "pt") as file:
+        sent = json.loads((file.metadata() or {}).get(KEY, "{}"))
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            yield name, file.get_tensor(name)
+            tensor = file.get_tensor(name)
+            received[name] = checksum(tensor)
+            if received[name] != sent.get(name, received[name]):
+                raise ValueError(f"{name} in {path} has checksum {received[name]}, but {sent[name]} was sent")
+            yield name, tensor
+
+
+def version_of(path: str) -> str:
+    """Which weights a file says that it holds."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(VERSION, "of no version")
 
 
 def repack_experts(model: torch.nn.Module) -> None:

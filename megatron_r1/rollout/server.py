@@ -6,22 +6,26 @@ process group holds everything below the run, and ends with it.
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 import megatron_r1
+from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.lm_eval import TextServerSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.engine import TRANSPORT
+from megatron_r1.rollout.token_gate import TOKEN_VARIABLE
 
 HOST = "127.0.0.1"
 LOG_LINES = 30
@@ -32,9 +36,41 @@ CPU_MLA_LATENT = (512, 64)
 """(kv_lora_rank, qk_rope_head_dim): the only size that vLLM's MLA kernel for CPU takes."""
 CPU_STEP_TOKENS = 4096
 """Tokens of one scheduler step on CPU, if the longest sequence is not longer."""
+POLL_SECONDS = 0.05
+CLOSE_SECONDS = 5.0
+"""In which a server that was killed gives up its port."""
 ServedSection = RolloutSection | RewardModelServerSection | TextServerSection
 """All have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
 OWN_EXECUTOR_ARGUMENTS = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--distributed-executor")
+
+
+class EngineLostError(EngineError):
+    """An engine that is gone, hangs, or answers what no working engine does; a new start may mend it."""
+
+
+class RemoteServer:
+    """A vLLM server that others have started, and end.
+
+    Args:
+        url: such as `http://node7:8700`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def alive(self) -> bool:
+        """Nobody can tell but by asking it."""
+        return True
+
+    def failure(self, what: str) -> EngineError:
+        """An error that says what happened to this server."""
+        return EngineError(f"vLLM at {self.url} {what}; its log is where it was started")
+
+    def terminate(self) -> None:
+        """It is not ours to end."""
+
+    def close(self) -> None:
+        """It is not ours to end."""
 
 
 class Server:
@@ -97,10 +133,13 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        ended = time.monotonic()
+        while _taken(self.port) and time.monotonic() - ended < CLOSE_SECONDS:
+            time.sleep(POLL_SECONDS)
 
 
-def engine_server(section: RolloutSection, index: int, model: Path, dtype: str, log: Path) -> Server:
-    """Engine `index` of a fleet, which listens at `section.port + index`.
+def engine_server(section: RolloutSection, index: int, model: Path, dtype: str, log: Path, token: str) -> Server:
+    """Engine `index` of a fleet, which listens at `section.port + index` to those who show the token.
 
     Raises:
         EngineError: the port is in use.
@@ -109,7 +148,17 @@ def engine_server(section: RolloutSection, index: int, model: Path, dtype: str, 
     on_cpu, port = not torch.cuda.is_available(), section.port + index
     command = arguments(section, model, dtype, port, on_cpu)
     key = "rollout.port (engine i listens at port + i)"
-    return Server(command, variables(section, model, on_cpu), port, log, key)
+    environment = variables(section, model, on_cpu) | devices(section, index) | {TOKEN_VARIABLE: token}
+    return Server(command, environment, port, log, key)
+
+
+def devices(section: RolloutSection, index: int) -> dict[str, str]:
+    """The variable that leaves engine `index` its GPUs of this machine; nothing where it may see all of them."""
+    if section.first_gpu is None:
+        return {}
+    count = math.prod(ranks(section.arguments))
+    first = section.first_gpu + index * count
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + count)))}
 
 
 def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cpu: bool) -> list[str]:
@@ -118,6 +167,7 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
     command += [f"--max-model-len={section.max_model_len}"]
     command += ["--skip-tokenizer-init", "--logprobs-mode=processed_logprobs", "--generation-config=vllm"]
     command += ["--middleware=megatron_r1.rollout.batch_route.BatchRoute"]
+    command += ["--middleware=megatron_r1.rollout.token_gate.TokenGate"]  # the last one stands outermost
     command += ["--worker-extension-cls=megatron_r1.rollout.receiver.Receiver"]
     command += [f'--weight-transfer-config={{"backend": "{TRANSPORT}"}}']
     if on_cpu:
@@ -193,12 +243,19 @@ def _cpu_kernel_takes_latent(model: Path) -> bool:
 
 
 def _check_free(port: int, key: str) -> None:
+    if error := _taken(port):
+        raise EngineError(
+            f"port {port} on {HOST} cannot be used ({error.strerror}): stop the process that holds it, "
+            f"or choose another by {key}"
+        ) from error
+
+
+def _taken(port: int) -> OSError | None:
+    """Why nobody can listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise EngineError(
-                f"port {port} on {HOST} cannot be used ({error.strerror}): stop the process that holds it, "
-                f"or choose another by {key}"
-            ) from error
+            return error
+    return None

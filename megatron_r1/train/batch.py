@@ -3,11 +3,13 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from megatron_r1.data.packing import deal, packs_needed, partition
 from megatron_r1.loss.base import Loss, LossInputs
+from megatron_r1.train.layout import Alignment, Row, lay
 from megatron_r1.types import Group
 
 
@@ -45,6 +47,13 @@ class MicroBatch:
     """[selected]"""
     samples: list[int] = field(default_factory=list)
     """Numbers of the packed sequences in what was cut. [sequences]"""
+    padding: torch.Tensor | None = None
+    """True where no token stands; None = nowhere. [rows, seq]"""
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return self.tokens.numel() - (0 if self.padding is None else int(self.padding.sum()))
 
 
 Minibatch = list[MicroBatch]
@@ -73,6 +82,20 @@ class Share:
     capacity: int
     """Tokens of one microbatch."""
     device: torch.device
+    alignment: Alignment = field(default_factory=Alignment)
+    multiple: int = 1
+    """What the number of a minibatch's microbatches divides by."""
+    equal: bool = False
+    """Whether the rows of a minibatch have to be of one length."""
+
+    def packs(self, hands: Sequence[Sequence[int]]) -> int:
+        """How many microbatches every rank has. `hands`: lengths of each rank's sequences."""
+        most = max(packs_needed(hand, self.capacity) for hand in hands)
+        return -(-most // self.multiple) * self.multiple
+
+    def length(self, packs: Sequence[Sequence[int]]) -> int:
+        """What every row of a minibatch is filled up to, 0 = to what it needs. `packs`: lengths of each row's parts."""
+        return max(map(self.alignment.held, packs)) if self.equal else 0
 
 
 def split(samples: Sequence[Trajectory], minibatches: int, seed: int, loss: Loss, share: Share) -> Iterator[Minibatch]:
@@ -90,35 +113,42 @@ def split(samples: Sequence[Trajectory], minibatches: int, seed: int, loss: Loss
         lengths = [samples[index].length for index in chosen]
         weights = loss.token_weights([samples[index].response_length for index in chosen])
         hands = deal(lengths, share.ranks)
-        packs = max(packs_needed([lengths[i] for i in hand], share.capacity) for hand in hands)
+        packs = share.packs([[lengths[i] for i in hand] for hand in hands])
         mine = hands[share.rank]
         for_rank = partition([lengths[i] for i in mine], packs)
-        yield [_pack(samples, {chosen[mine[i]]: weights[mine[i]] for i in pack}, share.device) for pack in for_rank]
+        length = share.length([[lengths[mine[i]] for i in pack] for pack in for_rank])
+        yield [_pack(samples, {chosen[mine[i]]: weights[mine[i]] for i in pack}, share, length) for pack in for_rank]
 
 
-_IDLE = Trajectory(tokens=[0, 0, 0, 0], response_length=0)
-"""Three tokens that nothing is asked of; three, because the MTP loss divides by those that have two after them."""
-
-
-def _pack(samples: Sequence[Trajectory], weights: dict[int, float], device: torch.device) -> MicroBatch:
+def _pack(samples: Sequence[Trajectory], weights: dict[int, float], share: Share, length: int) -> MicroBatch:
     """Lay sequences one behind the other. `weights`: sample's number -> weight of its tokens; none = an idle pass."""
-    packed = [samples[number] for number in weights] or [_IDLE]
-    ends = torch.tensor([sample.length for sample in packed]).cumsum(0)
-    spans = zip(ends.tolist(), packed, strict=True)
-    selected = [torch.arange(end - sample.response_length, end) for end, sample in spans]
-    counts = torch.tensor([sample.response_length for sample in packed])
-    shares = torch.tensor(list(weights.values()) or [0.0], dtype=torch.float32)
+    packed = [samples[number] for number in weights]
+    tokens, labels = [part.tokens[:-1] for part in packed], [part.tokens[1:] for part in packed]
+    row = lay(tokens, labels, share.alignment, length)
+    spans = zip(row.stops, packed, strict=True)
+    selected = [torch.arange(stop - part.response_length, stop) for stop, part in spans]
+    counts = torch.tensor([part.response_length for part in packed], dtype=torch.long)
+    shares = torch.tensor(list(weights.values()), dtype=torch.float32)
+    inputs = LossInputs(
+        weights=shares.repeat_interleave(counts).to(share.device),
+        segments=torch.arange(len(packed)).repeat_interleave(counts).to(share.device),
+    )
+    engine_logprobs = torch.tensor([lp for part in packed for lp in part.engine_logprobs], device=share.device)
+    return from_row(row, selected, inputs, share.device, engine_logprobs=engine_logprobs, samples=list(weights))
+
+
+def from_row(
+    row: Row, selected: Sequence[torch.Tensor], inputs: LossInputs, device: torch.device, **more: Any
+) -> MicroBatch:
+    """A microbatch of packed sequences; `selected`: of each sequence the positions that count."""
     return MicroBatch(
-        tokens=torch.tensor([[t for sample in packed for t in sample.tokens[:-1]]], device=device),
-        labels=torch.tensor([[t for sample in packed for t in sample.tokens[1:]]], device=device),
-        ends=torch.cat([torch.zeros(1, dtype=torch.long), ends]).to(device=device, dtype=torch.int32),
-        selected=torch.cat(selected).to(device),
-        inputs=LossInputs(
-            weights=shares.repeat_interleave(counts).to(device),
-            segments=torch.arange(len(packed)).repeat_interleave(counts).to(device),
-        ),
-        engine_logprobs=torch.tensor([lp for sample in packed for lp in sample.engine_logprobs], device=device),
-        samples=list(weights),
+        tokens=row.tokens.to(device),
+        labels=row.labels.to(device),
+        ends=row.ends.to(device),
+        padding=None if row.padding is None else row.padding.to(device),
+        selected=torch.cat([torch.zeros(0, dtype=torch.long), *selected]).to(device),
+        inputs=inputs,
+        **more,
     )
 
 

@@ -1,25 +1,30 @@
 """Questions -> scored groups. The engine and the judge live on the first rank; every rank gets the groups."""
 
+import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from itertools import accumulate
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
-from megatron_r1.model.parallel import from_first_rank, is_first_rank
+from megatron_r1.model.parallel import consumed_by_first_rank, from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
 from megatron_r1.rollout.scoring import scored_groups
+from megatron_r1.train.feed import Feed, Service
+from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question, Sample
-from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+from megatron_r1.weight_sync.transport import open_sync
+
+T = TypeVar("T")
 
 
 class Collector:
@@ -29,15 +34,19 @@ class Collector:
         config: the run.
         tokenizer: of the policy.
         report: where phase times go.
+        interruptions: what ends a wait.
     """
 
-    def __init__(self, config: RLConfig, tokenizer: Tokenizer, report: Report) -> None:
+    def __init__(self, config: RLConfig, tokenizer: Tokenizer, report: Report, interruptions: Interruptions) -> None:
         self._config, self._tokenizer, self._report = config, tokenizer, report
+        self._interruptions = interruptions
         self._stack = ExitStack()
+        self._judging = threading.Lock()
         self._version = 0
 
     def __enter__(self) -> Self:
-        from_first_rank(self._open)
+        with self._report.phase("start"):
+            from_first_rank(self._open)
         return self
 
     def __exit__(
@@ -48,55 +57,99 @@ class Collector:
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Give the engines the policy's weights."""
         with self._report.phase("sync"):
-            from_first_rank(lambda: self._sync.push(named_tensors, version))
+            consumed_by_first_rank(lambda tensors: self._sync.push(tensors, version), iter(named_tensors))
         self._version = version
 
     def collect(
         self, questions: Sequence[Question], n: int, seed: int, temperature: float | None = None
     ) -> list[Group]:
-        """`n` scored samples of each question: {o_i} ~ pi_old(.|q) and r_i."""
+        """`n` scored samples of each question: {o_i} ~ pi_old(.|q) and r_i.
+
+        Raises:
+            InterruptionError: a signal has asked the run to end.
+        """
 
         def answered() -> list[tuple[list[int], list[Sample]]]:
-            return [(group.prompt_tokens, group.samples) for group in self._collect(questions, n, seed, temperature)]
+            with self._interruptions.at_once():
+                groups = self._collect(questions, n, seed, temperature)
+            return [(group.prompt_tokens, group.samples) for group in groups]
 
-        # Every rank has the questions, and those of code bring megabytes of tests.
-        return [Group(question, *parts) for question, parts in zip(questions, from_first_rank(answered), strict=True)]
+        if not is_first_rank():  # heartbeats compare how many phases the ranks have begun
+            for name in ("rollout", "reward"):
+                with self._report.phase(name):
+                    pass
+        with self._report.phase("rollout"):
+            # Every rank has the questions, and those of code bring megabytes of tests.
+            parts = from_first_rank(answered)
+        return [Group(question, *part) for question, part in zip(questions, parts, strict=True)]
+
+    def at_first_rank(self, produce: Callable[[], T]) -> T:
+        """What it returns, on all ranks; counts as rollout."""
+        with self._report.phase("rollout"):
+            return from_first_rank(produce)
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """On the first rank: a wait that a signal ends at once, with `InterruptionError`."""
+        return self._interruptions.at_once()
+
+    def service(self, seeds: Callable[[str], list[int]]) -> Service:
+        """On the first rank: who samples and judges while the learner trains. `seeds`: of the samples of a group."""
+        flow = self._fleet.flow(self._config.rollout.weights_change == "at_group_borders")
+        return Service(flow, lambda question: self._tokenizer.encode_prompt(question.prompt), seeds, self._score)
+
+    def opened(self, feed: Feed) -> Feed:
+        """On the first rank: it ends with the collector."""
+        return self._stack.enter_context(feed)
+
+    def idle(self) -> float:
+        """On the first rank: share of the time since the last call in which engines had nothing to do."""
+        return self._fleet.idle()
 
     def _open(self) -> None:
         config = self._config
-        with self._stack:
-            with self._report.phase("start"):
-                self._stack.enter_context(Scorers(config.reward_models, config.output))
-                self._judge = self._stack.enter_context(
-                    Judge(
-                        config.rewards,
-                        tasks=[section.task for section in config.tasks.values()],
-                        workers=config.reward_workers,
-                        timeout=config.reward_timeout,
-                    )
+        with self._interruptions.at_once(), self._stack:
+            self._stack.enter_context(Scorers(config.reward_models, config.output))
+            self._judge = self._stack.enter_context(
+                Judge(
+                    config.rewards,
+                    tasks=[section.task for section in config.tasks.values()],
+                    workers=config.reward_workers,
+                    timeout=config.reward_timeout,
                 )
-                self._fleet = self._stack.enter_context(
-                    Fleet(config.rollout, config.model.path, config.output, config.model.dtype, self._tokenizer.decode)
-                )
-                self._judge.wait_until_ready()
-            self._sync = SharedMemorySync(self._fleet, fallback=config.output / "sync")
+            )
+            self._fleet = self._stack.enter_context(
+                Fleet(config.rollout, config.model.path, config.output, config.model.dtype, self._tokenizer.decode)
+            )
+            self._judge.wait_until_ready()
+            self._sync = open_sync(config.rollout, self._fleet, config.output / "sync")
+            self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
         stream = self._fleet.stream(prompts, n=n, seed=seed, temperature=temperature)
-        groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
+        with self._judging:
+            groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
         stale = {sample.weight_version for group in groups for sample in group.samples} - {self._version}
         if stale:
             raise EngineError(f"samples come from weights {sorted(stale)}, but {self._version} was pushed last")
+        self._place_marks(groups)
+        return groups
+
+    def _score(self, groups: Sequence[Group]) -> None:
+        """In another thread than `_collect`: the judge has one at a time."""
+        with self._judging:
+            self._judge(groups)
+        self._place_marks(groups)
+
+    def _place_marks(self, groups: Sequence[Group]) -> None:
         for sample in (sample for group in groups for sample in group.samples if sample.step_marks):
             sample.step_rewards = by_token(sample.step_marks, self._tokenizer.pieces(sample.tokens))
-        return groups
 
     @property
     def counters(self) -> dict[str, int]:
-        """Verifications that timed out or crashed since this process began."""
-        return dict(self._judge.counters) if is_first_rank() else {}
+        """Verifications that timed out or crashed since this process began; all ranks ask at once."""
+        return from_first_rank(lambda: dict(self._judge.counters))
 
 
 def by_token(marks: Sequence[tuple[int, float]], pieces: Sequence[str]) -> list[tuple[int, float]]:

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_r1.checkpoint.source import weights
 from megatron_r1.checkpoint.store import Checkpoints
@@ -14,7 +12,7 @@ from megatron_r1.config.runs import CriticSection, RLConfig
 from megatron_r1.loss.value import Value
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model
-from megatron_r1.model.parallel import device, from_first_rank
+from megatron_r1.model.parallel import consumed_by_first_rank
 from megatron_r1.train.batch import Minibatch, with_inputs
 from megatron_r1.train.policy import Figures
 from megatron_r1.train.scorer import Scorer
@@ -39,8 +37,9 @@ class Critic:
         self.scorer = Scorer(built, section.optim, updates)
         self.loss = Value(Value.Config(value_clip=section.value_clip))
         # Written before the policy's, and one more is kept, so that the policy's latest always finds its critic.
-        kept = config.checkpoint.model_copy(update={"keep": config.checkpoint.keep + 1})
-        self._checkpoints = Checkpoints(config.output / "checkpoints/critic", kept, {"seed": config.seed})
+        kept = config.checkpoint.model_copy(update={"keep": config.checkpoint.keep + 1, "asynchronous": False})
+        self.checkpoints = Checkpoints(config.output / "checkpoints/critic", kept, {"seed": config.seed})
+        """A step of the run is saved when it has one here, and then the policy's."""
 
     @property
     def _path(self) -> Path:
@@ -60,9 +59,8 @@ class Critic:
 
     def _evened(self, minibatch: Minibatch) -> Minibatch:
         """The minibatch, its tokens weighing what the critic's loss says; they come with the policy loss's weights."""
-        total = torch.tensor(sum(micro.selected.numel() for micro in minibatch), device=device())
-        dist.all_reduce(total)
-        [weight] = self.loss.token_weights([int(total)])
+        total = self.scorer.passes.over_batch(sum(micro.selected.numel() for micro in minibatch))
+        [weight] = self.loss.token_weights([total])
         return with_inputs(minibatch, weights=[torch.full_like(micro.inputs.weights, weight) for micro in minibatch])
 
     def warming(self, step: int) -> bool:
@@ -71,7 +69,7 @@ class Critic:
 
     def save(self, done: int) -> None:
         """A checkpoint after `done` steps."""
-        self._checkpoints.save(done, self.scorer.trainable, {}, {})
+        self.checkpoints.save(done, self.scorer.trainable, {}, {})
 
     def load(self, done: int) -> None:
         """Restore the state after `done` steps.
@@ -79,14 +77,16 @@ class Critic:
         Raises:
             DataError, ConfigError: as `Checkpoints.load`.
         """
-        self._checkpoints.load(done, self.scorer.trainable, {})
+        self.checkpoints.load(done, self.scorer.trainable, {})
 
     def export(self) -> None:
         """Write the critic as a Hugging Face folder, from which another run's `critic.path` begins."""
         model, config = self.scorer.model, self._config
-        tensors: Any = model.map.export(model.module, getattr(torch, config.model.dtype))
         folder, base = config.output / "critic/hf", self._path
-        from_first_rank(lambda: hf_folder.write(folder, model.hf, tensors, config.tokenizer or base, base))
+        consumed_by_first_rank(
+            lambda tensors: hf_folder.write(folder, model.hf, tensors, config.tokenizer or base, base),
+            model.export(getattr(torch, config.model.dtype)),
+        )
 
 
 def explained_variance(samples: Sequence[Sample], returns: Sequence[Sequence[float]]) -> float:

@@ -20,6 +20,7 @@ from megatron_r1.loss.dpo import Dpo
 from megatron_r1.model.build import build_model, check_tokenizer
 from megatron_r1.model.parallel import initialize
 from megatron_r1.train.batch import Share, by_sample
+from megatron_r1.train.heartbeat import Heartbeat
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.preference_batch import Item, Text, batch, by_length
 from megatron_r1.train.preference_loop import Data, PreferenceLoop, chunks, share_of, updates, usable
@@ -28,6 +29,12 @@ from megatron_r1.train.preference_loop import Data, PreferenceLoop, chunks, shar
 def run(config: DPOConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
     initialize(config.parallel, config.seed)
+    ranks = dist.get_rank(), dist.get_world_size()
+    with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 dpo") as heartbeat:
+        return _train(config, heartbeat)
+
+
+def _train(config: DPOConfig, heartbeat: Heartbeat) -> dict[str, Any]:
     tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
     data = read(config, tokenizer)
     model = build_model(config.model, config.max_length, "vocabulary", weights(config.model.path))
@@ -37,7 +44,7 @@ def run(config: DPOConfig) -> dict[str, Any]:
     share = share_of(policy, config)
     data.training = with_reference(policy, data.training, loss, share)  # still the starting weights, resumed or not
     data.heldout = with_reference(policy, data.heldout, loss, share)
-    return PreferenceLoop(config, policy, tokenizer, loss, data).run("Direct preference optimisation")
+    return PreferenceLoop(config, policy, tokenizer, loss, data).run("Direct preference optimisation", heartbeat)
 
 
 def read(config: DPOConfig, tokenizer: Tokenizer) -> Data:
@@ -66,9 +73,10 @@ def with_reference(policy: Policy, items: Sequence[Item], loss: Loss, share: Sha
     for part in chunks(items):
         mine = batch(part, loss, share)
         sums = {number: float(values.sum()) for number, values in by_sample(mine, policy.logprobs(mine))}
-        of_ranks: list[dict[int, float]] = [{} for _ in range(share.ranks)]
+        of_ranks: list[dict[int, float]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(of_ranks, sums)
-        in_order = iter(value for _, value in sorted(pair for theirs in of_ranks for pair in theirs.items()))
+        known = {number: value for theirs in of_ranks for number, value in theirs.items()}
+        in_order = iter(known[number] for number in sorted(known))
         found += [replace(item, reference=tuple(islice(in_order, len(item.texts)))) for item in part]
     return found
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1.advantage.base import Advantage
 from megatron_r1.checkpoint.source import megatron_checkpoint
-from megatron_r1.checkpoint.store import WeightSets
+from megatron_r1.checkpoint.state import WeightSets
 from megatron_r1.config import component
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import heldout, texts
@@ -18,12 +18,14 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.loss.base import Loss
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model, check_tokenizer
-from megatron_r1.model.parallel import device, from_first_rank
+from megatron_r1.model.parallel import consumed_by_first_rank
 from megatron_r1.report.rollout_figures import heldout_figures
 from megatron_r1.report.run import Report
 from megatron_r1.seeds import stream_seed
-from megatron_r1.train.batch import Minibatch, Share, attach, split, trajectories, with_inputs
+from megatron_r1.train.ahead import Ahead
+from megatron_r1.train.batch import Minibatch, attach, split, trajectories, with_inputs
 from megatron_r1.train.collector import Collector
+from megatron_r1.train.correction import agreement, corrected
 from megatron_r1.train.critic import Critic, explained_variance
 from megatron_r1.train.gather import gather
 from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks
@@ -43,7 +45,7 @@ class Learner:
     reference: Reference | None
     """None where neither loss nor advantage needs one."""
     critic: Critic | None
-    rollouts: Rollouts
+    rollouts: Rollouts | Ahead
     heldout: list[Question]
     advantage: Advantage
     loss: Loss
@@ -70,7 +72,7 @@ class Learner:
             policy=policy,
             reference=Reference(policy, config.reference.refresh_every) if refers else None,
             critic=critic,
-            rollouts=Rollouts(config, exclude=texts(exam)),
+            rollouts=(Ahead if config.rollout.ahead else Rollouts)(config, exclude=texts(exam)),
             heldout=exam,
             advantage=advantage,
             loss=loss,
@@ -83,7 +85,7 @@ class Learner:
     def score(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
         """This rank's minibatches with log-probabilities under pi_old and pi_ref and values, and what they show."""
         config, policy = self.config, self.policy
-        share = Share(policy.rank, policy.ranks, config.tokens_per_microbatch, device())
+        share = policy.share(config.tokens_per_microbatch)
         seed = stream_seed("minibatches", config.seed, step)
         batch = list(split(trajectories(groups), config.minibatches, seed, self.loss, share))
         old, entropies = zip(*(policy.logprobs_and_entropies(minibatch) for minibatch in batch), strict=True)
@@ -93,7 +95,13 @@ class Learner:
         if self.critic:
             batch = _with(batch, old_values=self.critic.values(batch))
         entropy = mean_over_ranks([values for minibatch in entropies for values in minibatch])
-        return batch, logprob_difference(batch) | {"entropy": entropy}
+        figures: Figures = {"entropy": entropy}
+        if config.rollout.ahead or config.correction.kind != "none":
+            batch, corrections = corrected(batch, config.correction)
+            figures |= corrections
+        versions = [sample.weight_version for group in groups for sample in group.samples]
+        own = agreement(batch, versions, step) if config.rollout.ahead else logprob_difference(batch)
+        return batch, own | figures
 
     def estimate(self, groups: Sequence[Group], batch: list[Minibatch]) -> tuple[list[Minibatch], Figures]:
         """The minibatches with advantages of all tokens; with a critic, what it should have said, too."""
@@ -141,12 +149,13 @@ class Learner:
 
     def export(self) -> Any:
         """The policy's weights under their Hugging Face names."""
-        return self.policy.model.map.export(self.policy.model.module, getattr(torch, self.config.model.dtype))
+        return self.policy.model.export(getattr(torch, self.config.model.dtype))
 
     def save_models(self) -> None:
         """Write the trained model, and the critic, as Hugging Face folders."""
         folder, hf, base = self.config.output / "hf", self.policy.model.hf, self.config.model.path
-        from_first_rank(lambda: hf_folder.write(folder, hf, self.export(), self.config.tokenizer or base, base))
+        companions = (self.config.tokenizer or base, base)
+        consumed_by_first_rank(lambda tensors: hf_folder.write(folder, hf, tensors, *companions), self.export())
         if self.critic:
             self.critic.export()
 

@@ -1,27 +1,25 @@
-"""Models being trained, as the loops see them: `Policy` - log-probabilities out, updates in - and its base.
+"""Models being trained, as the loops see them: `Policy` - log-probabilities out, updates in - and its base."""
 
-Microbatching, data parallelism and Megatron's forward/backward schedules live here.
-"""
-
-from collections.abc import Callable, Iterator
-from typing import Any
+import contextlib
+import math
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_r1.config.sections import OptimSection
-from megatron_r1.errors import NumericsError
 from megatron_r1.loss.base import Loss, Metrics
 from megatron_r1.model.build import BuiltModel
 from megatron_r1.model.logits import LogitsObserver
+from megatron_r1.model.parallel import device
 from megatron_r1.optim.optimizer import make_trainable
-from megatron_r1.train.batch import MicroBatch, Minibatch
+from megatron_r1.optim.schedule import TokensBefore
+from megatron_r1.train.batch import MicroBatch, Minibatch, Share
+from megatron_r1.train.expert_load import ExpertLoad
+from megatron_r1.train.guard import Judge, refuse_non_finite
+from megatron_r1.train.passes import Passes
 
 Figures = dict[str, float]
 
@@ -33,19 +31,24 @@ class TrainedModel:
         model: built, weights loaded.
         optim: the run's [optim].
         updates: optimizer updates of the whole run.
+        tokens_before: each of them, where the run counts tokens.
     """
 
-    def __init__(self, model: BuiltModel, optim: OptimSection, updates: int) -> None:
+    def __init__(
+        self, model: BuiltModel, optim: OptimSection, updates: int, tokens_before: TokensBefore | None = None
+    ) -> None:
         self.model = model
-        self.trainable = make_trainable(model, optim, updates)
+        self.trainable = make_trainable(model, optim, updates, tokens_before)
         _make_moments(self.trainable.optimizer)
         self.ranks = parallel_state.get_data_parallel_world_size()
         self.rank = parallel_state.get_data_parallel_rank()
-        self._schedule = get_forward_backward_func()
-        config = model.module.config
-        config.grad_scale_func = self.trainable.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = self.trainable.ddp.no_sync
+        self.passes = Passes(model, self.trainable)
+        self._experts = ExpertLoad(model.chunks, self.passes.held)
+
+    def share(self, capacity: int) -> Share:
+        """This rank's part of every batch, `capacity` being the tokens of one microbatch."""
+        passes = self.passes
+        return Share(self.rank, self.ranks, capacity, device(), passes.alignment, passes.multiple, passes.equal)
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """What the losses get, from what the module gives. `[rows, seq]` both."""
@@ -53,100 +56,91 @@ class TrainedModel:
 
     @torch.no_grad()
     def outputs(self, minibatch: Minibatch) -> list[torch.Tensor]:
-        """What the model says of every selected token. One `[selected]` tensor a microbatch."""
-        outputs = self._run(minibatch, lambda said, micro: (said.sum() * 0, {"said": said.clone()}))
-        return [output["said"] for output in outputs]
+        """What the model says of every selected token, float32. One `[selected]` tensor a microbatch."""
 
-    def step(self, minibatch: Minibatch, loss: Loss) -> Figures:
+        def objective(output: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            said = self._selected(output, micro)
+            return said.sum() * 0, said.float().clone()
+
+        sizes = [micro.selected.numel() for micro in minibatch]
+        return self.passes.tensors(self.passes.run(minibatch, objective), sizes)
+
+    def step(self, minibatch: Minibatch, loss: Loss, judge: Judge = refuse_non_finite) -> Figures:
         """One optimizer update that minimises `loss` over the minibatch of all ranks.
+
+        Where `judge` says no to its loss and gradient norm (not a number where a gradient is not finite), nothing
+        changes but the schedule, which counts it.
 
         Returns the loss's own metrics with grad_norm, lr and, where the model trains them, mtp_loss.
 
         Raises:
-            NumericsError: a gradient is not finite.
+            NumericsError: of `judge`.
         """
-        ddp, optimizer, scheduler = self.trainable.ddp, self.trainable.optimizer, self.trainable.scheduler
-        ddp.zero_grad_buffer()
+        optimizer, scheduler = self.trainable.optimizer, self.trainable.scheduler
+        for ddp in self.trainable.ddp:
+            ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        # The schedule averages over microbatches and the gradient reduction over ranks; token weights already
-        # say each token's share of the global minibatch, so both averages are undone.
-        scale = len(minibatch) * self.ranks
+        # Megatron divides the gradient by the number of tokens; token weights already say each token's share of the
+        # global minibatch, so that is undone. The balance and MTP losses are means over those tokens.
+        scale = self.passes.tokens(minibatch)
+        biases = self._routing_biases()
+        before = [bias.clone() for bias in biases]
 
-        def objective(said: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-            value, metrics = loss(said, micro.inputs)
-            return value * scale, metrics
+        def objective(output: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+            value, metrics = loss(self._selected(output, micro), micro.inputs)
+            return value * scale, metrics | self.passes.mtp_loss(micro)
 
-        outputs = self._run(minibatch, objective, train=True)
-        self._refuse_non_finite()
+        figures = self.passes.total(self.passes.run(minibatch, objective, train=True))
+        if count := figures.pop("mtp_tokens", 0.0):
+            figures["mtp_loss"] /= count
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm()) if self._finite() else math.nan
         lr = optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = optimizer.step()
+        if judge(*_agreed(figures.get("loss"), grad_norm)):
+            self._update(grad_norm)
+        else:
+            for bias, value in zip(biases, before, strict=True):
+                bias.copy_(value)
         scheduler.step(1)
-        return self._total(outputs) | {"grad_norm": float(grad_norm), "lr": float(lr)} | self._mtp_loss(len(minibatch))
+        return figures | {"grad_norm": grad_norm, "lr": float(lr)} | self._experts.take()
 
     @torch.no_grad()
     def evaluate(self, minibatch: Minibatch, loss: Loss) -> Figures:
         """The loss's metrics without an update."""
 
-        def objective(said: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-            value, metrics = loss(said, micro.inputs)
-            return value.clone(), metrics  # The schedule divides the value in place.
+        def objective(output: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+            value, metrics = loss(self._selected(output, micro), micro.inputs)
+            return value.clone(), metrics  # The schedule may change the value in place.
 
-        return self._total(self._run(minibatch, objective))
+        return self.passes.total(self.passes.run(minibatch, objective))
 
-    def _run(
-        self,
-        minibatch: Minibatch,
-        objective: Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, Metrics]],
-        train: bool = False,
-    ) -> list[Metrics]:
-        """Forward (and backward when training) over all microbatches; returns what `objective` reported for each."""
-        ddp = self.trainable.ddp
-        ddp.train(train)
+    def _selected(self, output: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        return self.passes.row(self.read(output), micro).flatten()[micro.selected]
 
-        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            micro = next(batches)
-            positions = torch.arange(micro.tokens.size(1), device=micro.tokens.device).expand_as(micro.tokens)
-            output = model(micro.tokens, positions, None, labels=micro.labels, packed_seq_params=_packing(micro))
-            return output, lambda output: objective(self.read(output).flatten()[micro.selected], micro)
+    def _update(self, grad_norm: float) -> None:
+        """What `ChainedOptimizer.step` does once it knows the gradient norm."""
+        optimizer = self.trainable.optimizer
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer and (parameters := part.get_parameters()):
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm, decoupled)
+        optimizer.step_with_ready_grads()
 
-        outputs: list[Metrics] = self._schedule(
-            forward_step_func=forward_step,
-            data_iterator=iter(minibatch),
-            model=[ddp],
-            num_microbatches=len(minibatch),
-            seq_length=max(micro.tokens.size(1) for micro in minibatch),
-            micro_batch_size=minibatch[0].tokens.size(0),
-            forward_only=not train,
-        )
-        return outputs
+    def _routing_biases(self) -> list[torch.Tensor]:
+        """What Megatron moves before the gradient norm is known (`finalize_model_grads`)."""
+        return [
+            buffer
+            for chunk in self.trainable.chunks
+            for name, buffer in chunk.named_buffers()
+            if name.endswith("expert_bias")
+        ]
 
-    def _refuse_non_finite(self) -> None:
-        """Raises `NumericsError` on every rank, before any weight changes, if any gradient is not finite."""
-        buffers = [*self.trainable.ddp.buffers, *self.trainable.ddp.expert_parallel_buffers]
+    def _finite(self) -> bool:
+        """Whether the gradients of all ranks are, those included that the norm counts on one rank alone."""
+        buffers = [buffer for ddp in self.trainable.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
         total = torch.stack([buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers]).sum()
         dist.all_reduce(total)
-        if not torch.isfinite(total):
-            raise NumericsError(
-                "a gradient is not finite, so the update was refused; the last checkpoint is intact. "
-                "Lower lr or clip_grad of [optim] (a critic's: [critic.optim]), or look for the step where grad_norm "
-                "began to rise"
-            )
-
-    def _total(self, outputs: list[Metrics]) -> Figures:
-        """Sum over microbatches and ranks."""
-        names = list(outputs[0])
-        totals = torch.stack([torch.stack([output[name] for output in outputs]).sum() for name in names])
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-        return dict(zip(names, totals.tolist(), strict=True))
-
-    def _mtp_loss(self, microbatches: int) -> Figures:
-        """Mean multi-token-prediction loss of the last update, before its coefficient."""
-        if not self.model.module.config.mtp_num_layers:
-            return {}
-        MTPLossLoggingHelper.reduce_loss_in_tracker()
-        value = float(MTPLossLoggingHelper.tracker["values"].mean()) / microbatches
-        MTPLossLoggingHelper.clean_loss_in_tracker()
-        return {"mtp_loss": value}
+        return bool(torch.isfinite(total))
 
 
 class Policy(TrainedModel):
@@ -157,11 +151,20 @@ class Policy(TrainedModel):
         optim: the run's [optim].
         updates: optimizer updates of the whole run.
         temperature: log-probabilities are those of the distribution that is sampled at this temperature.
+        tokens_before: each update, where the run counts tokens.
     """
 
-    def __init__(self, model: BuiltModel, optim: OptimSection, updates: int, temperature: float = 1.0) -> None:
-        super().__init__(model, optim, updates)
-        self.observer = LogitsObserver(model.module, temperature)
+    def __init__(
+        self,
+        model: BuiltModel,
+        optim: OptimSection,
+        updates: int,
+        temperature: float = 1.0,
+        tokens_before: TokensBefore | None = None,
+    ) -> None:
+        super().__init__(model, optim, updates, tokens_before)
+        last = model.chunks[-1]
+        self.observer = LogitsObserver(last, temperature) if last.post_process else None
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the labels; the module gives their cross-entropy."""
@@ -173,28 +176,32 @@ class Policy(TrainedModel):
 
     def logprobs_and_entropies(self, minibatch: Minibatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """`logprobs`, and the entropy of the distribution that each selected token was drawn from, nats."""
-        with self.observer.watching() as entropies:
+        entropies: list[torch.Tensor] = []
+        with self.observer.watching() if self.observer else contextlib.nullcontext(entropies) as entropies:
             logprobs = self.logprobs(minibatch)
-        pairs = zip(entropies, minibatch, strict=True)
-        return logprobs, [entropy.flatten()[micro.selected] for entropy, micro in pairs]
+        rows = [
+            self.passes.row(entropy, micro).flatten()[micro.selected]
+            for entropy, micro in zip(entropies, minibatch, strict=False)
+        ]
+        return logprobs, self.passes.tensors(rows, [micro.selected.numel() for micro in minibatch])
 
 
 def _make_moments(optimizer: MegatronOptimizer) -> None:
-    """Adam makes its state at the first update; a checkpoint may come before that, in the warm-up of a critic."""
+    """Adam makes its state at the first update; a checkpoint may come before that, in the warm-up of a critic.
+
+    Not where part of it is offloaded: upstream has no function for that.
+    """
     for adam in optimizer.chained_optimizers:
+        if adam.init_state_fn is None:
+            continue
         adam.init_state_fn(adam.optimizer, adam.config)
         for group in adam.optimizer.param_groups:
             group.setdefault("step", 0)
 
 
-def _packing(micro: MicroBatch) -> PackedSeqParams | None:
-    if micro.ends is None:
-        return None
-    longest = int(micro.ends.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.ends,
-        cu_seqlens_kv=micro.ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+def _agreed(loss: float | None, grad_norm: float) -> tuple[float | None, float]:
+    """The first rank's: sums in another order must not let ranks judge differently."""
+    figures = torch.tensor([math.nan if loss is None else loss, grad_norm], dtype=torch.float64, device=device())
+    dist.broadcast(figures, 0)
+    first, second = figures.tolist()
+    return (None if loss is None else first), second

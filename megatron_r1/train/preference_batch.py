@@ -7,11 +7,12 @@ from itertools import accumulate
 
 import torch
 
-from megatron_r1.data.packing import deal, packs_needed, partition
+from megatron_r1.data.packing import deal, partition
 from megatron_r1.loss.base import Loss
 from megatron_r1.loss.sequences import SequenceInputs
 from megatron_r1.seeds import stream_seed
-from megatron_r1.train.batch import MicroBatch, Minibatch, Share
+from megatron_r1.train.batch import MicroBatch, Minibatch, Share, from_row
+from megatron_r1.train.layout import lay
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,6 @@ def by_length(chosen: Text, rejected: Text) -> str:
     return "chosen_longer" if difference > 0 else "chosen_shorter" if difference < 0 else "same_length"
 
 
-_IDLE = Text(tokens=[0, 0, 0], labels=[0, 0, 0], judged=0)
-"""Fed by a rank that has fewer packs than the others; nothing is asked of it."""
-
-
 def batch(items: Sequence[Item], loss: Loss, share: Share) -> Minibatch:
     """Pack this rank's share of `items` so that all of them together weigh 1.
 
@@ -63,12 +60,13 @@ def batch(items: Sequence[Item], loss: Loss, share: Share) -> Minibatch:
     weights = loss.token_weights([text.judged for text in texts])
     starts = [0, *accumulate(len(item.texts) for item in items)]
     hands = deal([item.length for item in items], share.ranks)
-    packs = max(packs_needed([items[i].length for i in hand], share.capacity) for hand in hands)
+    packs = share.packs([[items[i].length for i in hand] for hand in hands])
     mine = hands[share.rank]
     chosen = [[mine[i] for i in pack] for pack in partition([items[i].length for i in mine], packs)]
+    length = share.length([[len(text.tokens) for i in pack for text in items[i].texts] for pack in chosen])
     numbered = [[number for i in pack for number in range(starts[i], starts[i + 1])] for pack in chosen]
     return [
-        _pack([items[i] for i in pack], numbers, [weights[number] for number in numbers], share.device)
+        _pack([items[i] for i in pack], numbers, [weights[number] for number in numbers], share, length)
         for pack, numbers in zip(chosen, numbered, strict=True)
     ]
 
@@ -80,24 +78,18 @@ def batches(items: Sequence[Item], size: int, seed: int, epoch: int) -> Iterator
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def _pack(items: list[Item], numbers: list[int], weights: list[float], device: torch.device) -> MicroBatch:
+def _pack(items: list[Item], numbers: list[int], weights: list[float], share: Share, length: int) -> MicroBatch:
     """Lay the texts of `items` one behind the other. `numbers`, `weights`: of each text and of its tokens. [texts]"""
-    texts = [text for item in items for text in item.texts] or [_IDLE]
-    ends = torch.tensor([len(text.tokens) for text in texts]).cumsum(0)
-    judged = torch.tensor([text.judged for text in texts])
-    selected = [torch.arange(end - text.judged, end) for end, text in zip(ends.tolist(), texts, strict=True)]
+    texts = [text for item in items for text in item.texts]
+    row = lay([text.tokens for text in texts], [text.labels for text in texts], share.alignment, length)
+    judged = torch.tensor([text.judged for text in texts], dtype=torch.long)
+    selected = [torch.arange(stop - text.judged, stop) for stop, text in zip(row.stops, texts, strict=True)]
     labels = [item.label for item in items if item.label is not None]
     reference = [value for item in items for value in item.reference or ()]
-    return MicroBatch(
-        tokens=torch.tensor([[token for text in texts for token in text.tokens]], device=device),
-        labels=torch.tensor([[token for text in texts for token in text.labels]], device=device),
-        ends=torch.cat([torch.zeros(1, dtype=torch.long), ends]).to(device=device, dtype=torch.int32),
-        selected=torch.cat(selected).to(device),
-        inputs=SequenceInputs(
-            weights=torch.tensor(weights or [0.0], dtype=torch.float32).repeat_interleave(judged).to(device),
-            segments=torch.arange(len(texts)).repeat_interleave(judged).to(device),
-            labels=torch.tensor(labels, dtype=torch.float32, device=device),
-            reference=torch.tensor(reference, dtype=torch.float32, device=device),
-        ),
-        samples=numbers,
+    inputs = SequenceInputs(
+        weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(judged).to(share.device),
+        segments=torch.arange(len(texts)).repeat_interleave(judged).to(share.device),
+        labels=torch.tensor(labels, dtype=torch.float32, device=share.device),
+        reference=torch.tensor(reference, dtype=torch.float32, device=share.device),
     )
+    return from_row(row, selected, inputs, share.device, samples=numbers)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.load import dump
@@ -23,11 +24,16 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.loss.base import Loss
 from megatron_r1.model import hf_folder, lora
-from megatron_r1.model.parallel import device, from_first_rank, is_first_rank
+from megatron_r1.model.parallel import consumed_by_first_rank, is_first_rank
+from megatron_r1.model.placement import parameter_counts
 from megatron_r1.report.run import Report
-from megatron_r1.train.batch import Share
-from megatron_r1.train.policy import Figures, TrainedModel
+from megatron_r1.train import memory
+from megatron_r1.train.batch import Minibatch, Share
+from megatron_r1.train.guard import Guard
+from megatron_r1.train.heartbeat import Heartbeat
+from megatron_r1.train.policy import Figures, Policy, TrainedModel
 from megatron_r1.train.preference_batch import Item, batch, batches
+from megatron_r1.train.throughput import Throughput
 
 EVALUATION_ITEMS = 1024
 """Held-out items whose microbatches are in memory at once."""
@@ -90,12 +96,14 @@ class PreferenceLoop:
     ) -> None:
         self.config, self.policy, self.tokenizer, self.loss, self.data = config, policy, tokenizer, loss, data
         self.share = share_of(policy, config)
+        self._throughput = Throughput(policy.model, dist.get_world_size())
 
-    def run(self, title: str, closing: Callable[[], Figures] = dict) -> dict[str, Any]:
+    def run(self, title: str, heartbeat: Heartbeat, closing: Callable[[], Figures] = dict) -> dict[str, Any]:
         """Train, or go on where the newest checkpoint stands; returns the summary.
 
         Args:
             title: what the run is called unless the config says.
+            heartbeat: is told how far this rank has come.
             closing: further figures of the trained model for the summary.
         """
         config, policy = self.config, self.policy
@@ -103,26 +111,34 @@ class PreferenceLoop:
         identity = {"seed": config.seed, "batch": config.batch, "data": self.data.digest()}
         checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
         start = checkpoints.latest() or 0
-        base = checkpoints.load(start, policy.trainable, {}) if start else {}
-        named = config.report.title or title
-        with Report(config.output, config.report, named, steps, dump(config), start, is_first_rank()) as report:
+        carried = checkpoints.load(start, policy.trainable, {}) if start else {}
+        named, first = config.report.title or title, is_first_rank()
+        report = Report(config.output, config.report, named, steps, dump(config), start, first, heartbeat.beat)
+        guard = Guard(config.guard, config.output, dist.get_rank(), report.message)
+        base = guard.restore(carried)
+        with report, checkpoints.running(report.message):
             report.message(self._arithmetic(steps))
+            report.message(policy.model.kernels.said)
             if not start:
                 base = self.measure(report, 0)
             for step in range(start, steps):
                 if step % per_epoch == 0 or step == start:
                     epoch = list(batches(self.data.training, config.batch, config.seed, step // per_epoch))
-                self._step(report, step, epoch[step % per_epoch])
+                self._step(report, guard, step, epoch[step % per_epoch])
                 if checkpoints.due(step + 1, steps):
                     with report.phase("checkpoint"):
-                        checkpoints.save(step + 1, policy.trainable, {}, base)
+                        checkpoints.save(step + 1, policy.trainable, {}, base | guard.state())
             final = self.measure(report, steps)
-            self._save_model()
-            return report.summary(self._summary(steps, base, final) | closing())
+            with report.phase("validation"):
+                more = closing()
+            with report.phase("export"):
+                self._save_model()
+            return report.summary(self._summary(steps, base, final) | more)
 
     def measure(self, report: Report, step: int) -> Figures:
         """The loss's figures over the held-out items after `step` steps, and the accuracy of each kind of item."""
-        parts = [(name, len(items), self._evaluate(items)) for name, items in self._strata().items()]
+        with report.phase("validation"):
+            parts = [(name, len(items), self._evaluate(items)) for name, items in self._strata().items()]
         total = sum(count for _, count, _ in parts)
         if not total:
             return {}
@@ -146,13 +162,20 @@ class PreferenceLoop:
                 totals[name] = totals.get(name, 0.0) + value * len(part) / len(items)
         return totals
 
-    def _step(self, report: Report, step: int, items: list[Item]) -> None:
+    def _step(self, report: Report, guard: Guard, step: int, items: list[Item]) -> None:
         with report.step(step):
             tick = time.perf_counter()
             with report.phase("update"):
-                report.add(self.policy.step(batch(items, self.loss, self.share), self.loss))
-            tokens = sum(item.length for item in items)
-            report.add({"tokens_per_second": tokens / (time.perf_counter() - tick)})
+                minibatch = batch(items, self.loss, self.share)
+                report.add(self.policy.step(minibatch, self.loss, guard.judge))
+                guard.follow_up(step, minibatch, self._said)
+            lengths = [len(text.tokens) for item in items for text in item.texts]
+            report.add(self._throughput.figures(lengths, time.perf_counter() - tick) | memory.peak())
+
+    def _said(self, minibatch: Minibatch) -> list[torch.Tensor]:
+        """Of each judged token a policy's loss, or a scorer's score."""
+        sign = -1 if isinstance(self.policy, Policy) else 1
+        return [sign * values for values in self.policy.outputs(minibatch)]
 
     def _summary(self, steps: int, base: Figures, final: Figures) -> dict[str, Any]:
         """Of each figure its value before and after; how many held-out rows are of each kind."""
@@ -164,15 +187,19 @@ class PreferenceLoop:
 
     def _arithmetic(self, steps: int) -> str:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.data.counts.items())
-        return f"{lora.size(self.policy.model.module)}; rows: {counts}; {steps} steps of {self.config.batch}"
+        model = self.policy.model
+        size = lora.size(parameter_counts(model.chunks), model.config.params_dtype)
+        return f"{size}; rows: {counts}; {steps} steps of {self.config.batch}"
 
     def _save_model(self) -> None:
         """Write the trained model as a Hugging Face folder that names its padding token, if that is a token apart."""
         config, model, tokenizer = self.config, self.policy.model, self.tokenizer
         hf = model.hf if tokenizer.pad_id == tokenizer.eos_id else {**model.hf, "pad_token_id": tokenizer.pad_id}
-        tensors = model.map.export(model.module, getattr(torch, config.model.dtype))
         sources = (config.tokenizer or config.model.path, config.model.path)
-        from_first_rank(lambda: hf_folder.write(config.output / "hf", hf, tensors, *sources))
+        consumed_by_first_rank(
+            lambda tensors: hf_folder.write(config.output / "hf", hf, tensors, *sources),
+            model.export(getattr(torch, config.model.dtype)),
+        )
 
 
 def updates(config: PreferenceRunConfig, data: Data) -> int:
@@ -182,7 +209,7 @@ def updates(config: PreferenceRunConfig, data: Data) -> int:
 
 def share_of(policy: TrainedModel, config: PreferenceRunConfig) -> Share:
     """This rank's part of every batch."""
-    return Share(policy.rank, policy.ranks, config.tokens_per_microbatch, device())
+    return policy.share(config.tokens_per_microbatch)
 
 
 def chunks(items: Sequence[Item]) -> list[Sequence[Item]]:

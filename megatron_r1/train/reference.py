@@ -24,7 +24,8 @@ class Reference:
 
     def __init__(self, policy: Policy, every: int) -> None:
         self._policy, self._every = policy, every
-        self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self._live().items()}
+        self.weights = [{name: tensor.detach().cpu().clone() for name, tensor in live.items()} for live in self._live()]
+        """Of each chunk of the model, by its own names."""
 
     def logprobs(self, minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
         """Log-probabilities of the selected tokens under the reference, as `Policy.logprobs` gives them for each."""
@@ -36,25 +37,29 @@ class Reference:
         """`reference := policy` when `done` steps are a multiple of `every`. Returns whether it happened."""
         if done % self._every:
             return False
-        for name, tensor in self._live().items():
-            self.weights[name].copy_(tensor)
+        _copy(self._live(), self.weights)
         return True
 
-    def _live(self) -> dict[str, torch.Tensor]:
+    def _live(self) -> list[dict[str, torch.Tensor]]:
         """The policy's own weights, without those that are never trained and so are the reference's, too."""
-        module = self._policy.model.module
-        fixed = frozen(module)
-        return {name: tensor for name, tensor in weights(module).items() if name not in fixed}
+        return [
+            {name: tensor for name, tensor in weights(chunk).items() if name not in fixed}
+            for chunk, fixed in ((chunk, frozen(chunk)) for chunk in self._policy.model.chunks)
+        ]
 
     @contextlib.contextmanager
     @torch.no_grad()
     def _exchanged(self) -> Iterator[None]:
         live = self._live()
-        policy = {name: tensor.clone() for name, tensor in live.items()}
-        for name, tensor in live.items():
-            tensor.copy_(self.weights[name])
+        policy = [{name: tensor.clone() for name, tensor in chunk.items()} for chunk in live]
+        _copy(self.weights, live)
         try:
             yield
         finally:
-            for name, tensor in live.items():
-                tensor.copy_(policy[name])
+            _copy(policy, live)
+
+
+def _copy(source: list[dict[str, torch.Tensor]], target: list[dict[str, torch.Tensor]]) -> None:
+    for values, tensors in zip(source, target, strict=True):
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])

@@ -21,6 +21,7 @@ from megatron_r1.loss.pointwise import Pointwise
 from megatron_r1.model.build import build_model, check_tokenizer
 from megatron_r1.model.parallel import device, initialize
 from megatron_r1.reward.response import Part, scored_part
+from megatron_r1.train.heartbeat import Heartbeat
 from megatron_r1.train.policy import Figures
 from megatron_r1.train.preference_batch import Item, Text, batch, by_length
 from megatron_r1.train.preference_loop import Data, PreferenceLoop, chunks, updates, usable
@@ -33,6 +34,12 @@ _OPEN = "<think>"
 def run(config: RewardModelConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
     initialize(config.parallel, config.seed)
+    ranks = dist.get_rank(), dist.get_world_size()
+    with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 reward-model") as heartbeat:
+        return _train(config, heartbeat)
+
+
+def _train(config: RewardModelConfig, heartbeat: Heartbeat) -> dict[str, Any]:
     tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
     data = read(config, tokenizer)
     model = build_model(config.model, config.max_length, "scalar", weights(config.model.path))
@@ -40,7 +47,7 @@ def run(config: RewardModelConfig) -> dict[str, Any]:
     loss: Loss = Pairwise() if config.kind == "pairwise" else Pointwise()
     scorer = Scorer(model, config.optim, updates(config, data))
     loop = PreferenceLoop(config, scorer, tokenizer, loss, data)
-    return loop.run("Reward model", closing=lambda: score_scale(scorer, data.heldout or data.training, loop))
+    return loop.run("Reward model", heartbeat, closing=lambda: score_scale(scorer, data.heldout or data.training, loop))
 
 
 def score_scale(scorer: Scorer, items: list[Item], loop: PreferenceLoop) -> Figures:

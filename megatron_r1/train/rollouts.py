@@ -1,9 +1,12 @@
 """What is asked at each step, and the groups that come of it to be trained on."""
 
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import Questions
+from megatron_r1.errors import ConfigError
 from megatron_r1.report.rollout_figures import uniform
 from megatron_r1.seeds import stream_seed
 from megatron_r1.train.collector import Collector
@@ -12,6 +15,8 @@ from megatron_r1.types import Group, Question
 
 _DRAWN = "questions_drawn"
 """What a checkpoint calls how many questions of [data] were taken; of another source its name comes before."""
+IN_FLIGHT = "in_flight"
+"""What a checkpoint calls groups that are begun and not trained on (`ahead.py`)."""
 
 
 @dataclass
@@ -23,14 +28,12 @@ class Rollout:
     sampled: list[Group]
     """All that were sampled for them."""
     figures: Figures
+    seconds: float
+    """In which these were sampled."""
 
 
-class Rollouts:
-    """Draws questions from [data] and, from `general.from_step` on, [general], and has them answered.
-
-    With `dynamic_sampling` (DAPO, arXiv 2503.14476, 3.2) a group whose rewards are all equal, which has no advantage,
-    is dropped and other questions are asked in its place, for so many rounds; what is lacking then is filled with
-    dropped groups. Each source is one stream of questions; how far it is used up is all that a resumed run needs.
+class Sources:
+    """[data] and, from `general.from_step` on, [general]: each one stream of questions.
 
     Args:
         config: the run.
@@ -43,20 +46,76 @@ class Rollouts:
         if config.general:
             seed = stream_seed("general", config.seed)
             self._sources["general"] = Questions(config.general, seed, exclude)
-        self._drawn = dict.fromkeys(self._sources, 0)
+        self.drawn = dict.fromkeys(self._sources, 0)
+        """How many questions of each were taken."""
 
     def state(self) -> Figures:
         """How many questions were drawn so far, to be kept with a checkpoint."""
-        return {_name(source): float(count) for source, count in self._drawn.items()}
+        return {_name(source): float(count) for source, count in self.drawn.items()}
 
     def restore(self, figures: Figures) -> None:
         """Go on from where a `state` was."""
-        self._drawn = {source: int(figures.get(_name(source), 0)) for source in self._drawn}
+        self.drawn = {source: int(figures.get(_name(source), 0)) for source in self.drawn}
+
+    def wanted(self, step: int) -> dict[str, int]:
+        """Questions of each source in a step's rollout."""
+        general = self._config.general
+        count = general.questions(self._config.questions) if general and step >= general.from_step else 0
+        return {"data": self._config.questions - count} | ({"general": count} if count else {})
+
+    def question(self, source: str, position: int) -> Question:
+        """The one at a position of a source."""
+        [question] = self._sources[source].take(position, 1)
+        return question
+
+    def take(self, source: str, count: int) -> list[Question]:
+        """The next ones."""
+        first = self.drawn[source]
+        self.drawn[source] += count
+        return [self.question(source, position) for position in range(first, first + count)]
+
+
+class Rollouts:
+    """Draws a step's questions, and has them answered while the learner waits.
+
+    With `dynamic_sampling` (DAPO, arXiv 2503.14476, 3.2) a group whose rewards are all equal, which has no advantage,
+    is dropped and other questions are asked in its place, for so many rounds; what is lacking then is filled with
+    dropped groups. Each source is one stream of questions; how far it is used up is all that a resumed run needs.
+
+    Args:
+        config: the run.
+        exclude: bare texts that are never asked.
+    """
+
+    def __init__(self, config: RLConfig, exclude: frozenset[str]) -> None:
+        self._config = config
+        self._sources = Sources(config, exclude)
+
+    def state(self) -> Figures:
+        """How many questions were drawn so far, to be kept with a checkpoint."""
+        return self._sources.state()
+
+    def kept(self) -> dict[str, Any]:
+        """What else: nothing is in flight between two steps."""
+        return {}
+
+    def restore(self, figures: dict[str, Any]) -> None:
+        """Go on from where a `state` was.
+
+        Raises:
+            ConfigError: groups were in flight there.
+        """
+        if (figures.get(IN_FLIGHT) or {"ledger": {"live": []}})["ledger"]["live"]:
+            raise ConfigError(
+                "the checkpoint is of a run with rollout.max_staleness above 0 and has groups in flight, which a "
+                "synchronous run would skip: go on with max_staleness above 0, or choose another output folder"
+            )
+        self._sources.restore(figures)
 
     def sample(self, collector: Collector, step: int) -> Rollout:
         """`{o_i} ~ pi_old(.|q)` and their rewards, for the questions of a step."""
-        config = self._config
-        wanted = self._wanted(step)
+        config, tick = self._config, time.perf_counter()
+        wanted = self._sources.wanted(step)
         kept: dict[str, list[Group]] = {source: [] for source in wanted}
         dropped: dict[str, list[Group]] = {source: [] for source in wanted}
         sampled: list[Group] = []
@@ -65,25 +124,15 @@ class Rollouts:
             lacking = {source: count - len(kept[source]) for source, count in wanted.items()}
             if not any(lacking.values()):
                 break
-            asked = [(source, one) for source, count in lacking.items() for one in self._take(source, count)]
+            asked = [(source, one) for source, count in lacking.items() for one in self._sources.take(source, count)]
             seed = stream_seed("rollout", config.seed, step, *([number] if number else []))
             groups = collector.collect([question for _, question in asked], config.group_size, seed)
             for (source, _), group in zip(asked, groups, strict=True):
                 (dropped if config.dynamic_sampling and uniform(group) else kept)[source].append(group)
             sampled += groups
         chosen = [group for source, count in wanted.items() for group in (kept[source] + dropped[source])[:count]]
-        return Rollout(chosen, sampled, self._figures(dropped, len(sampled) / len(chosen)))
-
-    def _wanted(self, step: int) -> dict[str, int]:
-        """Questions of each source in a step's rollout."""
-        general = self._config.general
-        count = general.questions(self._config.questions) if general and step >= general.from_step else 0
-        return {"data": self._config.questions - count} | ({"general": count} if count else {})
-
-    def _take(self, source: str, count: int) -> list[Question]:
-        first = self._drawn[source]
-        self._drawn[source] += count
-        return [one for position in range(first, first + count) for one in self._sources[source].take(position, 1)]
+        figures = self._figures(dropped, len(sampled) / len(chosen))
+        return Rollout(chosen, sampled, figures, time.perf_counter() - tick)
 
     def _figures(self, dropped: dict[str, list[Group]], effort: float) -> Figures:
         if not self._config.dynamic_sampling:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.checkpoint.source import weights
 from megatron_r1.checkpoint.store import Checkpoints
@@ -25,22 +26,33 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder, lora
-from megatron_r1.model.build import build_model, check_tokenizer, parameter_count
-from megatron_r1.model.parallel import device, from_first_rank, initialize, is_first_rank
+from megatron_r1.model.build import build_model, check_tokenizer
+from megatron_r1.model.parallel import consumed_by_first_rank, from_first_rank, initialize, is_first_rank
+from megatron_r1.model.placement import parameter_counts
 from megatron_r1.report.run import Report
 from megatron_r1.seeds import stream_seed
-from megatron_r1.train.batch import Minibatch, Share, Trajectory, split
+from megatron_r1.train import memory
+from megatron_r1.train.batch import Minibatch, Trajectory, split
+from megatron_r1.train.guard import Guard
+from megatron_r1.train.heartbeat import Heartbeat
 from megatron_r1.train.policy import Figures, Policy
+from megatron_r1.train.throughput import Throughput
 
 
 def run(config: SFTConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
     initialize(config.parallel, config.seed)
+    ranks = dist.get_rank(), dist.get_world_size()
+    with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 sft") as heartbeat:
+        return _train(config, heartbeat)
+
+
+def _train(config: SFTConfig, heartbeat: Heartbeat) -> dict[str, Any]:
     tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
     rows = _Rows.read(config, tokenizer)
     model = build_model(config.model, config.max_length, "vocabulary", weights(config.model.path))
     check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
-    steps = rows.epochs.steps
+    steps, counts = rows.epochs.steps, parameter_counts(model.chunks)
     learner = _Learner(config, rows, Policy(model, config.optim, steps))
     identity = {"seed": config.seed, "batch": config.batch, "data": rows.digest(config)}
     checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
@@ -48,23 +60,27 @@ def run(config: SFTConfig) -> dict[str, Any]:
     trainable = learner.policy.trainable
     carried = checkpoints.load(start, trainable, {}) if start else {}
     title, first = config.report.title or "Supervised fine-tuning", is_first_rank()
-    report = Report(config.output, config.report, title, steps, dump(config), start, enabled=first)
-    with report:
-        report.message(f"{lora.size(model.module)}; {rows.describe(config)}")
+    report = Report(config.output, config.report, title, steps, dump(config), start, first, heartbeat.beat)
+    guard = Guard(config.guard, config.output, dist.get_rank(), report.message)
+    carried = guard.restore(carried)
+    with report, checkpoints.running(report.message):
+        report.message(f"{lora.size(counts, model.config.params_dtype)}; {rows.describe(config)}")
+        report.message(model.kernels.said)
         for warning in rows.warnings():
             report.message(warning)
         for step in range(start, steps):
             if not step or (config.validation.every and step % config.validation.every == 0):
                 carried |= {f"{name}_base": value for name, value in learner.validate(step, report).items() if not step}
             with report.step(step):
-                figures = learner.step(step, report)
+                figures = learner.step(step, report, guard)
             carried["loss"] = figures["loss"]
             if checkpoints.due(step + 1, steps):
                 with report.phase("checkpoint"):
-                    checkpoints.save(step + 1, trainable, {}, carried)
+                    checkpoints.save(step + 1, trainable, {}, carried | guard.state())
         carried |= learner.validate(steps, report)
-        learner.save_model()
-        return report.summary(_summary(config, rows, parameter_count(model.module)) | carried)
+        with report.phase("export"):
+            learner.save_model()
+        return report.summary(_summary(config, rows, counts.total) | carried)
 
 
 @dataclass
@@ -138,17 +154,20 @@ class _Learner:
         self._config, self._rows, self.policy = config, rows, policy
         self._loss = CrossEntropy()
         self._measured = rows.measured()
+        self._throughput = Throughput(policy.model, dist.get_world_size())
 
-    def step(self, step: int, report: Report) -> Figures:
+    def step(self, step: int, report: Report, guard: Guard) -> Figures:
         """One optimizer update."""
-        tick = time.perf_counter()
+        policy = self.policy
         with report.phase("data"):
             batch = self._rows.batch(step)
             minibatch = self._share(batch, step)
+        tick = time.perf_counter()
         with report.phase("update"):
-            figures = self.policy.step(minibatch, self._loss)
-        speed = sum(row.length for row in batch) / (time.perf_counter() - tick)
-        report.add(figures | {"tokens_per_second": speed, "rows": len(batch)})
+            figures = policy.step(minibatch, self._loss, guard.judge)
+            guard.follow_up(step, minibatch, lambda part: [-said for said in policy.outputs(part)])
+        speed = self._throughput.figures([row.length for row in batch], time.perf_counter() - tick)
+        report.add(figures | speed | memory.peak() | {"rows": len(batch)})
         return figures
 
     def validate(self, step: int, report: Report) -> Figures:
@@ -163,12 +182,14 @@ class _Learner:
     def save_model(self) -> None:
         """Write the trained model as a Hugging Face folder, adapters merged."""
         config, model = self._config, self.policy.model
-        tensors = model.map.export(model.module, getattr(torch, config.model.dtype))
         sources = (config.tokenizer or config.model.path, config.model.path)
-        from_first_rank(lambda: hf_folder.write(config.output / "hf", model.hf, tensors, *sources))
+        consumed_by_first_rank(
+            lambda tensors: hf_folder.write(config.output / "hf", model.hf, tensors, *sources),
+            model.export(getattr(torch, config.model.dtype)),
+        )
 
     def _share(self, rows: list[Trajectory], seed: int) -> Minibatch:
-        share = Share(self.policy.rank, self.policy.ranks, self._config.tokens_per_microbatch, device())
+        share = self.policy.share(self._config.tokens_per_microbatch)
         return next(split(rows, 1, seed, self._loss, share))
 
 

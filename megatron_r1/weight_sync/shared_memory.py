@@ -1,79 +1,84 @@
-"""Weights from the trainer into running engines on the same machine, through a file in shared memory.
+"""Weights from the trainer into running engines on the same machine, through files in shared memory.
 
 The engines map the file, so its bytes are written once and read in place by all of them. It works for any device;
-between GPUs, NCCL or CUDA IPC saves the way through the host.
+between GPUs, NCCL or CUDA IPC saves the way through the host. The file holds a checksum of each tensor as it is in the
+trainer's memory, and an engine refuses what differs.
+
+Two files take turns, so that the one before is whole while the other is written. They have no name: whatever happens to
+the trainer, their memory is free when it is gone. And they are kept: writing to memory that is there takes a third of
+the time of getting it from the system anew.
 """
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from megatron_r1.errors import EngineError
+from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.engine import Engine
+from megatron_r1.weight_sync.weights_file import on_host, size, write
 
 SHARED_MEMORY = Path("/dev/shm")
+_FILES = 2
 
 
 class SharedMemorySync:
-    """Pushes the policy's weights into an engine.
+    """See `WeightSync`.
 
     Args:
         engine: what takes the weights.
-        fallback: folder for the file when shared memory is too small, on the engines' machine.
-        directory: where the file is tried first.
+        fallback: folder for the files when shared memory is too small, on the engines' machine.
+        directory: where they are tried first.
     """
 
     def __init__(self, engine: Engine, fallback: Path, directory: Path = SHARED_MEMORY) -> None:
         self.engine = engine
         self.fallback = fallback
         self.directory = directory
+        self._files: list[int] = []
+        self._pushes = 0
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> float:
-        """Replace the engine's weights in place; from here on its responses carry `version`.
-
-        Args:
-            named_tensors: the whole model under its Hugging Face names, in the engine's dtype.
-            version: the trainer's step.
-
-        Returns:
-            Seconds it took.
-
-        Raises:
-            EngineError: no room for the file, or the engine failed (see `Engine.update_weights`).
-        """
         started = time.perf_counter()
-        tensors = _without_overlap(named_tensors)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        path = self._folder(size) / f"megatron_r1-{os.getpid()}-{version}.safetensors"
+        tensors = on_host(named_tensors)
+        if not self._files:
+            folder = self._folder(size(tensors))
+            self._files = [_nameless(folder) for _ in range(_FILES)]
+        # A path to the open file, for every process of this user on this machine.
+        path = Path(f"/proc/{os.getpid()}/fd/{self._files[self._pushes % _FILES]}")
+        self._pushes += 1
         try:
-            save_file(tensors, path)
-            self.engine.update_weights(path, version)
-        finally:
-            path.unlink(missing_ok=True)
+            write(path, tensors, version, reuse=True)
+        except DataError as error:
+            raise EngineError(f"cannot write the weights for the engines: {error}") from error
+        self.engine.update_weights(path, version)
         return time.perf_counter() - started
 
-    def _folder(self, size: int) -> Path:
-        """The first folder with room for `size` bytes and as much again in reserve."""
+    def close(self) -> None:
+        """Free the memory, once the engines are gone."""
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+    def _folder(self, nbytes: int) -> Path:
+        """The first folder with room for both files and half as much again in reserve."""
         self.fallback.mkdir(parents=True, exist_ok=True)
+        needed = 3 * nbytes
         for folder in (self.directory, self.fallback):
-            if folder.is_dir() and shutil.disk_usage(folder).free > 2 * size:
+            if folder.is_dir() and shutil.disk_usage(folder).free > needed:
                 return folder
         raise EngineError(
-            f"the weights ({size / 2**30:.2f} GiB) need twice their size free in {self.directory} or {self.fallback}"
+            f"the weights ({nbytes / 2**30:.2f} GiB) need three times their size free in {self.directory} or "
+            f"{self.fallback}"
         )
 
 
-def _without_overlap(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """On the host; only a tensor that is there twice (tied copies) is cloned, because safetensors refuses overlaps."""
-    tensors: dict[str, torch.Tensor] = {}
-    starts: set[int] = set()
-    for name, tensor in named_tensors:
-        host = tensor.detach().cpu().contiguous()
-        tensors[name] = host.clone() if host.data_ptr() in starts else host
-        starts.add(host.data_ptr())
-    return tensors
+def _nameless(folder: Path) -> int:
+    """An open file that is gone when it is closed, of which other processes of this user may write and read."""
+    descriptor, name = tempfile.mkstemp(prefix="megatron_r1-", dir=folder)
+    Path(name).unlink()
+    return descriptor

@@ -24,18 +24,18 @@ MakePolicy = Callable[..., Policy]
 @pytest.fixture
 def make_policy(tmp_path: Path) -> MakePolicy:
     """A policy with random weights; `changes` go into its config.json."""
-    return partial(_make, tmp_path)
+    return partial(make, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     """One of two layers after one step, because Adam has nothing to save before."""
-    policy = _make(tmp_path_factory.mktemp("small"), num_hidden_layers=2)
+    policy = make(tmp_path_factory.mktemp("small"), num_hidden_layers=2)
     train(policy, 0, 1)
     return policy
 
 
-def _make(folder: Path, seed: int = 0, optim: OptimSection = OPTIM, updates: int = 10, **changes: object) -> Policy:
+def make(folder: Path, seed: int = 0, optim: OptimSection = OPTIM, updates: int = 10, **changes: object) -> Policy:
     config = json.loads((MODEL / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     initialize(ParallelSection(), seed)

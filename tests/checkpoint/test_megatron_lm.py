@@ -36,7 +36,7 @@ def save(policy: Policy, folder: Path, sharding: str) -> None:
     """With the keys of Megatron-LM's `generate_state_dict` (training/checkpointing.py)."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"distrib_optim_sharding_type": sharding, "dp_cp_group": group}
-    model = policy.trainable.module.sharded_state_dict(prefix="", metadata=metadata)
+    model = policy.model.module.sharded_state_dict(prefix="", metadata=metadata)
     state = {
         "args": argparse.Namespace(
             padded_vocab_size=PADDED, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash, function=print

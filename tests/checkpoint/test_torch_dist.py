@@ -27,7 +27,8 @@ from megatron_r1.checkpoint.torch_dist import (
 )
 from megatron_r1.checkpoint.torch_dist_index import record
 from megatron_r1.compat.checkpoint_pickles import read_metadata
-from megatron_r1.config.sections import CheckpointSection, ModelSection, ParallelSection
+from megatron_r1.config.checkpoint import CheckpointSection
+from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import build_model
 from megatron_r1.model.hf_folder import read_config
@@ -215,7 +216,7 @@ def trained(small: Policy, tmp_path: Path) -> tuple[Checkpoints, Policy, Path]:
     """A checkpoint of a training run, with a reference beside the policy."""
     policy = small
     reference = Reference(policy, every=1)
-    for tensor in reference.weights.values():
+    for tensor in reference.weights[0].values():
         tensor.neg_()  # it is of another step
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointSection(), {"seed": 0})
     checkpoints.save(1, policy.trainable, {"reference": reference.weights}, {})
@@ -276,7 +277,7 @@ def test_hostile_pickles_are_not_run(where: str, trained: tuple[Checkpoints, Pol
         case "object":
             repointed(folder, lambda entry: isinstance(entry, BytesStorageMetadata), saved([Payload(target)]))
     with pytest.raises(DataError, match="step_00000001"):
-        checkpoints.load(1, policy.trainable, {"reference": weights(policy.model.module)})
+        checkpoints.load(1, policy.trainable, {"reference": [weights(policy.model.module)]})
     assert not target.exists()
     if where in (".metadata", "tensor"):
         with pytest.raises(DataError, match="refuses to load"):

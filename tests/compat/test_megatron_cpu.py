@@ -32,8 +32,8 @@ def in_a_fresh_interpreter(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_version_that_the_rules_were_written_for() -> None:
-    assert importlib.metadata.version("megatron-core").startswith("0.16.1")
+def test_a_version_that_the_rules_were_written_for() -> None:
+    assert importlib.metadata.version("megatron-core") in ("0.16.1", "0.19.2")
 
 
 @pytest.mark.parametrize("number", range(len(megatron_cpu.RULES)), ids=[name for name, _, _ in megatron_cpu.RULES])

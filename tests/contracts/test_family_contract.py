@@ -137,7 +137,7 @@ def test_every_tensor_of_the_checkpoint_is_used_once(pair: Pair, stored: dict[st
 
 
 def test_round_trip_is_bitwise(pair: Pair, stored: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    exported = pair.ours.map.export(pair.ours.module, torch.float32)
+    exported = pair.ours.export(torch.float32)
     hf_folder.write(tmp_path / "hf", pair.ours.hf, exported)
     assert config(tmp_path / "hf") == config(pair.folder)
     reader = hf_folder.TensorReader(tmp_path / "hf")

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from megatron_r1.config.inspect import InspectConfig
@@ -19,11 +17,9 @@ from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.hf_folder import TensorReader
 from megatron_r1.model.safetensors_file import read, read_header
 from tests.convert.invented import FP8, tiny, write
+from tests.convert.quantized import expanded, installed, write_tokenizer
 from tests.model.dense_models import write_dense
 
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed (requirements/modelopt.lock)"
-)
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -31,17 +27,6 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-"""The values of NVFP4's three bits below the sign (OCP Microscaling specification 1.0, table 5.3.3)."""
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Characters as tokens, bos 1 and eos 2 as the tiny models have them."""
-    pieces = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127))]
-    fast = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>"))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    wrapped.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +45,6 @@ def quantize(folders: Path, name: str, form: str, **changes: Any) -> tuple[Path,
     output = folders / f"{name}_{form}"
     values = {"source": folders / name, "output": output, "format": form, "calibration": folders / "text.jsonl"}
     return output, modelopt.run_quantize(QuantizeConfig(**{**values, **changes}))
-
-
-def expanded(stored: dict[str, torch.Tensor], module: str) -> torch.Tensor:
-    """float32 values of a quantised linear layer, by its tensors' dtypes."""
-    weight, scale = stored[f"{module}.weight"], stored[f"{module}.weight_scale"].float()
-    if weight.dtype is torch.float8_e4m3fn:
-        if scale.numel() > 1:
-            scale = scale.view(scale.shape[0], -1).repeat_interleave(128, 0).repeat_interleave(128, 1)
-            scale = scale[: weight.shape[0], : weight.shape[1]]
-        return weight.float() * scale
-    if second := stored.get(f"{module}.weight_scale_2"):
-        bits = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).int()
-        values = E2M1[bits & 7] * torch.where(bits > 7, -1, 1)
-        return values * (scale * second).repeat_interleave(16, 1)
-    nibbles = torch.stack([weight & 15, weight >> 4], dim=1).flatten(0, 1).int()
-    values = torch.where(nibbles > 7, nibbles - 16, nibbles).float() * scale.repeat_interleave(128, 1)
-    return values * stored.get(f"{module}.pre_quant_scale", torch.ones(())).float()
 
 
 @installed

@@ -130,3 +130,25 @@ def test_pieces_join_to_the_text(tokenizer, text):
 def test_pieces_of_a_broken_character(tokenizer):
     ids = tokenizer.encode("7 🎈")[:-1]
     assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_batch_is_what_transformers_makes_of_each_text(tokenizer_folder: Path, split: bool) -> None:
+    """Whatever truncation and padding the file asks for, and whether or not special tokens in a text count."""
+    theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
+    theirs.split_special_tokens = split
+    texts = ["", "  3 + 4</s><pad>", "<think>\u00e9 </think>" * 9, *SPECIAL]
+    expected = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    ours = Tokenizer(theirs, tokenizer_folder)
+    theirs.backend_tokenizer.enable_truncation(4)
+    theirs.backend_tokenizer.enable_padding(length=64)
+    theirs.backend_tokenizer.encode_special_tokens = not split
+    assert ours.encode_batch(texts) == expected
+    assert (ours.eos_id in expected[1]) != split
+    assert ours.encode_documents(["a"]) == [[ours.bos_id, *ours.encode("a"), ours.eos_id]]
+
+
+def test_the_id_of_a_token(tokenizer: Tokenizer) -> None:
+    assert tokenizer.id_of("</s>") == tokenizer.eos_id
+    assert tokenizer.id_of("<think>") == tokenizer.encode("<think>")[0]
+    assert tokenizer.id_of("<nothing>") is None

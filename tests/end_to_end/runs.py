@@ -14,6 +14,10 @@ from typing import Any
 import psutil
 import tomli_w
 
+from tests.processes import command_line
+
+SAVED = 75
+"""Exit code of a run that has saved because it was asked to end (EX_TEMPFAIL of sysexits.h)."""
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples/r1_tiny/model"
 SUM = {
@@ -23,7 +27,7 @@ SUM = {
 }
 QUESTIONS = {"template": "r1_zero_short", "task": SUM}
 QUIET = {"tensorboard": False}
-TIMES = ("elapsed", "seconds", "tokens_per_second")
+TIMES = ("elapsed", "seconds", "tokens_per_second", "tflops", "memory_peak_max")
 
 
 def generate(folder: Path) -> dict[str, Any]:
@@ -130,6 +134,23 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+ALL = "import sys; from megatron_r1.cli import main; sys.exit(any(main(line.split()) for line in sys.argv[1:]))"
+
+
+def prepare(folder: Path) -> None:
+    """Make `corpus`, `index`, `tokenizer` and `base` (12 undisturbed steps of pretraining) by the verbs."""
+    steps = {
+        "data generate": generate(folder),
+        "tokenizer train": tokenizer(folder),
+        "data index": index(folder),
+        "pretrain": pretrain(folder, folder / "base"),
+    }
+    files = {verb: write(folder / f"{verb.replace(' ', '_')}.toml", tree) for verb, tree in steps.items()}
+    lines = [f"{verb} {path}" for verb, path in files.items()]
+    done = subprocess.run([sys.executable, "-c", ALL, *lines], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 class Command:
     """`megatron-r1 <verb> <run file>` in a session of its own, as a terminal would start it.
 
@@ -138,13 +159,16 @@ class Command:
 
     def __init__(self, verb: str, run_file: Path, *overrides: str) -> None:
         self.errors = run_file.with_name(f"{verb}.stderr")
+        self.process = self.launch(verb, str(run_file), *overrides)
+        self.family: set[psutil.Process] = set()
+
+    def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_r1.cli", verb, str(run_file), *overrides],
+            return subprocess.Popen(
+                [sys.executable, "-m", "megatron_r1.cli", *arguments],
                 cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
             )  # fmt: skip
-        self.family: set[psutil.Process] = set()
 
     def __enter__(self) -> "Command":
         return self
@@ -156,7 +180,7 @@ class Command:
             self.process.wait()
         _, alive = psutil.wait_procs(list(self.family), timeout=20)
         left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-        names = [" ".join(process.cmdline()) for process in left]
+        names = [" ".join(command_line(process)) for process in left]
         for process in left:
             process.kill()
         assert kind or not names, f"left behind: {names}"
@@ -177,7 +201,7 @@ class Command:
 
     def engine(self) -> list[psutil.Process]:
         """vLLM's processes, without the supervisor."""
-        members = [(process, " ".join(process.cmdline())) for process in self.look() if process.is_running()]
+        members = [(process, " ".join(command_line(process))) for process in self.look()]
         return [p for p, line in members if ("vllm" in line or "VLLM" in line) and "supervisor" not in line]
 
     def send(self, sent: signal.Signals) -> "Command":

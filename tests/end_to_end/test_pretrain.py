@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.end_to_end import runs
-from tests.end_to_end.runs import Command, checkpoint, rows, weights
+from tests.end_to_end.runs import SAVED, Command, checkpoint, rows, weights
 
 
 def test_killed_run_goes_on_to_the_same_bits(prepared: Path, tmp_path: Path) -> None:
@@ -26,13 +26,13 @@ def test_killed_run_goes_on_to_the_same_bits(prepared: Path, tmp_path: Path) -> 
 
 
 def test_two_processes_learn_what_one_does(prepared: Path, tmp_path: Path) -> None:
-    """Stopped by SIGTERM on the way, and finished by one process."""
+    """Stopped by SIGTERM on the way, after which it saves, and finished by one process."""
     output = tmp_path / "run"
     run_file = runs.write(tmp_path / "pretrain.toml", runs.pretrain(prepared, output))
     with Command("pretrain", run_file, "--parallel.processes=2") as command:
         command.until(checkpoint(output, 4)).look()
         command.process.send_signal(signal.SIGTERM)
-        runs.interrupted_cleanly(command, 143)
+        runs.interrupted_cleanly(command, SAVED)
     assert not checkpoint(output, 12)()
     with Command("pretrain", run_file) as command:
         assert command.end() == 0, command.message()

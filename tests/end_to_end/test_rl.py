@@ -1,5 +1,6 @@
 """Reinforcement learning, interrupted at every turn: no process stays, no checkpoint breaks, no bit is lost."""
 
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 import pytest
 
 from tests.end_to_end import runs
-from tests.end_to_end.runs import Command, checkpoint, rows, weights
+from tests.end_to_end.runs import SAVED, Command, checkpoint, rows, weights
+from tests.processes import command_line
+
+HUNG = 69
+"""Exit code of a run that a deadline has ended (EX_UNAVAILABLE of sysexits.h)."""
 
 pytestmark = pytest.mark.timeout(900)  # several starts of vLLM in one test
 
@@ -47,12 +52,13 @@ class frozen:  # noqa: N801 (reads as a word in a with statement)
 
     def __exit__(self, *_: object) -> None:
         for process in self.engine:
-            process.resume()
+            if process.is_running():
+                process.resume()
 
 
 def engine_starting(command: Command) -> bool:
     """vLLM's server runs, and has started its engine core or is about to."""
-    return any("EngineCore" in " ".join(process.cmdline()) for process in command.engine())
+    return any("EngineCore" in " ".join(command_line(process)) for process in command.engine())
 
 
 def armed(output: Path) -> Path:
@@ -62,16 +68,28 @@ def armed(output: Path) -> Path:
     return marker.with_suffix(".seen")
 
 
+def steps_done(output: Path, count: int) -> Callable[[], bool]:
+    return lambda: (output / "metrics.jsonl").exists() and len(rows(output)) >= count
+
+
 def at_start_of_the_engine(command: Command, output: Path) -> None:
     command.until(lambda: engine_starting(command)).send(signal.SIGINT)
     runs.interrupted_cleanly(command, 130)
 
 
+def at_start_of_the_engine_by_sigusr1(command: Command, output: Path) -> None:
+    command.until(lambda: engine_starting(command)).send(signal.SIGUSR1)
+    runs.interrupted_cleanly(command, SAVED)
+
+
 def in_a_rollout_by_sigterm(command: Command, output: Path) -> None:
-    command.until(checkpoint(output, 1))
+    """The step before it is saved, though a checkpoint was not due; the rollout is not waited for."""
+    command.until(steps_done(output, 1))
     with frozen(command):
         command.send(signal.SIGTERM)
-    runs.interrupted_cleanly(command, 143)
+        runs.interrupted_cleanly(command, SAVED)
+    assert checkpoint(output, 1)()
+    assert not checkpoint(output, 2)()
 
 
 def in_an_update_by_ctrl_c(command: Command, output: Path) -> None:
@@ -95,9 +113,9 @@ def in_a_rollout_by_sigkill(command: Command, output: Path) -> None:
 
 
 def by_a_dead_engine(command: Command, output: Path) -> None:
-    """Within half a minute, teardown included."""
+    """One that may not be restarted; within half a minute, teardown included."""
     command.until(checkpoint(output, 2))
-    core = next(process for process in command.engine() if "EngineCore" in " ".join(process.cmdline()))
+    core = next(process for process in command.engine() if "EngineCore" in " ".join(command_line(process)))
     core.kill()
     assert command.end(30) == 1
     said = command.message()
@@ -112,15 +130,16 @@ def test_interrupted_at_every_turn_it_ends_with_the_same_bits(
 ) -> None:
     output, port = tmp_path / "run", runs.free_port()
     run_file = runs.write(tmp_path / "rl.toml", runs.rl(prepared, output, port))
-    turns: list[Callable[[Command, Path], None]] = [
-        at_start_of_the_engine,
-        in_a_rollout_by_sigterm,
-        in_an_update_by_ctrl_c,
-        in_a_checkpoint_by_sigkill,
-        in_a_rollout_by_sigkill,
+    turns: list[tuple[Callable[[Command, Path], None], str]] = [
+        (at_start_of_the_engine, ""),
+        (at_start_of_the_engine_by_sigusr1, ""),
+        (in_a_rollout_by_sigterm, "--checkpoint.every=100"),
+        (in_an_update_by_ctrl_c, ""),
+        (in_a_checkpoint_by_sigkill, ""),
+        (in_a_rollout_by_sigkill, ""),
     ]
-    for turn in turns:
-        with Command("rl", run_file) as command:
+    for turn, override in turns:
+        with Command("rl", run_file, *filter(None, [override])) as command:
             turn(command, output)
         assert runs.is_free(port), turn.__name__
     with Command("rl", run_file) as command:
@@ -131,22 +150,36 @@ def test_interrupted_at_every_turn_it_ends_with_the_same_bits(
     assert runs.summary(output) == runs.summary(undisturbed)
 
 
+def test_an_engine_that_hangs_is_named(prepared: Path, tmp_path: Path) -> None:
+    output, port = tmp_path / "run", runs.free_port()
+    deadlines = {"rollout": 40.0, "sync": 40.0}  # the first rollout warms the engine up
+    run_file = runs.write(tmp_path / "rl.toml", runs.rl(prepared, output, port) | {"guard": {"deadlines": deadlines}})
+    with Command("rl", run_file) as command:
+        command.until(steps_done(output, 1))
+        with frozen(command):
+            assert command.end(120) == HUNG
+        said = command.message()
+    assert re.search("megatron-r1 rl: rank 0 has waited longer than the 40 s of phase (rollout|sync)", said)
+    assert "fleet.py" in said  # the stack
+    assert runs.is_free(port)
+
+
 def test_two_processes_take_the_step_that_one_takes(undisturbed: Path, prepared: Path, tmp_path: Path) -> None:
-    """Interrupted by SIGTERM, resumed, and then ended by the death of the engine."""
+    """Interrupted by SIGUSR1 in a rollout, resumed, and then ended by the death of the engine."""
     output, port = tmp_path / "run", runs.free_port()
     run_file = runs.write(tmp_path / "rl.toml", runs.rl(prepared, output, port))
     with Command("rl", run_file, "--parallel.processes=2") as command:
         command.until(checkpoint(output, 1))
         with frozen(command):
-            command.process.send_signal(signal.SIGTERM)
-        runs.interrupted_cleanly(command, 143)
+            command.process.send_signal(signal.SIGUSR1)
+            runs.interrupted_cleanly(command, SAVED)
     [first], [expected] = rows(output), rows(undisturbed)[:1]
     assert first.keys() == expected.keys()
     for name, value in expected.items():
         if name == "kind":
             continue
         assert first[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-    with Command("rl", run_file, "--parallel.processes=2") as command:
+    with Command("rl", run_file, "--parallel.processes=2", "--rollout.max_restarts=0") as command:
         by_a_dead_engine(command, output)
         assert command.message().count("megatron-r1 rl") == 1
     assert runs.is_free(port)
@@ -177,7 +210,8 @@ def ppo(prepared: Path, output: Path, port: int) -> dict[str, Any]:
     Nobody answers these right, so their groups are uniform, and asked again in another round.
     """
     tree = runs.rl(prepared, output, port)
-    other = {**runs.SUM, "options": {**runs.SUM["options"], "max_terms": 3}}
+    options: dict[str, Any] = runs.SUM["options"]
+    other = {**runs.SUM, "options": {**options, "max_terms": 3}}
     return tree | {
         "steps": 4,
         "advantage": {"type": "gae", "lam": 0.95, "kl_coef": 0.05},

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_r1.cli import VERBS
 from megatron_r1.recipe.expand import read_recipe
+from megatron_r1.recipe.forecast import description, forecasts
 from megatron_r1.recipe.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -77,3 +78,80 @@ def test_the_numbers_of_671b() -> None:
         assert (run["batch"], run["optim"]["lr"], run["epochs"], run["max_length"]) == (256, 6e-6, 1, 8192)
     distilled = plan.stage("distilled").config
     assert (distilled["batch"], distilled["optim"]["lr"]) == (64, 8e-5)
+
+
+SIZES = {"gpus_256": 256, "recipe": 512, "gpus_1024": 1024}
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def sized(request: pytest.FixtureRequest) -> tuple[int, Plan]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return SIZES[request.param], read_recipe(Path(f"examples/r1_671b/{request.param}.toml"), [], VERBS)
+
+
+def test_every_stage_of_671b_fits(sized: tuple[int, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the plan: nothing of it has been run."""
+    monkeypatch.chdir(ROOT)
+    gpus, plan = sized
+    found = description(forecasts(plan))
+    assert [one for one in found["stages"] if one["why"]] == []
+    wrong = [(one["stage"], text) for one in found["stages"] for text in one["plan"]["findings"]
+             if text["kind"] != "unwise"]  # fmt: skip
+    assert wrong == []
+    assert found["fits"]
+    assert found["parameters"] == 671_026_419_200
+    assert found["gpus"] == gpus
+    by_name = {one["stage"]: one["plan"] for one in found["stages"]}
+    assert by_name["r1_zero"]["gpus"] == by_name["dev2"]["gpus"] == by_name["r1"]["gpus"] == gpus
+    for name in ("r1_zero", "dev1", "dev2", "dev3", "r1"):
+        assert by_name[name]["parameters"] == 671_026_419_200
+
+
+def test_the_sizes_train_the_same(sized: tuple[int, Plan]) -> None:
+    """They differ in layouts alone, and in what the optimizer keeps where it is offloaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        usual = read_recipe(Path("examples/r1_671b/recipe.toml"), [], VERBS)
+    for stage in sized[1].stages:
+        other = usual.stage(stage.name)
+        allowed = {"parallel", "optim.offload", "optim.moments", "rollout.engines"}
+        assert changed(stage.config, other.config) <= allowed, stage.name
+
+
+def changed(one: dict[str, object], other: dict[str, object], prefix: str = "") -> set[str]:
+    """Keys whose values differ; of [parallel] as one."""
+    found: set[str] = set()
+    for key in one.keys() | other.keys():
+        left, right, name = one.get(key), other.get(key), f"{prefix}{key}"
+        if isinstance(left, dict) and isinstance(right, dict) and name != "parallel":
+            found |= changed(left, right, f"{name}.")
+        elif left != right:
+            found.add(name)
+    return found
+
+
+TABLE_6 = {
+    "qwen_1_5b": (1e-4, 1_543_714_304),
+    "qwen_7b": (8e-5, 7_615_616_512),
+    "qwen_14b": (7e-5, 14_770_033_664),
+    "qwen_32b": (6e-5, 32_763_876_352),
+    "llama_8b": (5e-5, 8_030_261_248),
+    "llama_70b": (2e-5, 70_553_706_496),
+}
+"""Learning rates of the report, and parameters as the models' pages have them."""
+
+
+def test_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = read_recipe(Path("examples/distillation/recipe.toml"), [], VERBS)
+    found = description(forecasts(plan))
+    assert found["fits"]
+    assert {one["stage"]: one["plan"]["parameters"] for one in found["stages"]} == {
+        name: parameters for name, (_, parameters) in TABLE_6.items()
+    }
+    for name, (lr, _) in TABLE_6.items():
+        run = plan.stage(name).config
+        assert (run["batch"], run["epochs"], run["max_length"]) == (64, 2, 32768)
+        assert (run["optim"]["lr"], run["optim"]["schedule"]) == (lr, "cosine")
+        assert run["optim"]["min_lr"] == pytest.approx(lr / 10)

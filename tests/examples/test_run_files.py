@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.config.corpus import IndexConfig
 from megatron_r1.config.generate import GenerateConfig
 from megatron_r1.config.load import load
-from megatron_r1.config.runs import IndexConfig, PretrainConfig, RLConfig, TokenizerConfig
+from megatron_r1.config.runs import PretrainConfig, RLConfig, TokenizerConfig
 from tests.examples.loaded import FOLDER
 
 WORLD = FOLDER / "world"

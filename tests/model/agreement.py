@@ -95,4 +95,4 @@ def packing_agrees(model: BuiltModel, tokens: torch.Tensor) -> None:
     with torch.no_grad():
         together = model.module(inputs, positions, None, labels=labels, packed_seq_params=packing)[0]
         alone = torch.cat([cross_entropy(model, text[None])[0] for text in texts])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)

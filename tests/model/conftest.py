@@ -35,7 +35,7 @@ def built() -> BuiltModel:
 def exported(built: BuiltModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its Hugging Face folder."""
     folder = tmp_path_factory.mktemp("exported") / "hf"
-    hf_folder.write(folder, built.hf, built.map.export(built.module, torch.float32), MODEL)
+    hf_folder.write(folder, built.hf, built.export(torch.float32), MODEL)
     return folder
 
 

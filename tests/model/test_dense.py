@@ -42,7 +42,7 @@ def test_gradients_equal_transformers(pair: Pair, tokens: torch.Tensor) -> None:
 
 def test_round_trip_is_bitwise(pair: Pair) -> None:
     before = load_file(pair.folder / "model.safetensors")
-    after = dict(pair.ours.map.export(pair.ours.module, torch.float32))
+    after = dict(pair.ours.export(torch.float32))
     assert before.keys() == after.keys()
     assert ("lm_head.weight" in before) is not bool(pair.ours.hf["tie_word_embeddings"])
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -92,7 +92,7 @@ def test_head_stored_beside_tied_embedding(tmp_path: Path) -> None:
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
     )
     model = build_model(section(tmp_path, load_weights=True), 128)
-    assert dict(model.map.export(model.module, torch.float32)).keys() == tensors.keys()
+    assert dict(model.export(torch.float32)).keys() == tensors.keys()
     save_file(tensors | {"lm_head.weight": torch.zeros(120, 72)}, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"lm_head.weight differs.*tie_word_embeddings"):
         build_model(section(tmp_path, load_weights=True), 128)

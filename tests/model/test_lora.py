@@ -9,7 +9,8 @@ from megatron.core import dist_checkpointing
 from transformers import AutoModelForCausalLM
 
 from megatron_r1.checkpoint.store import Checkpoints
-from megatron_r1.config.sections import CheckpointSection, LoraSection, OptimSection, ParallelSection
+from megatron_r1.config.checkpoint import CheckpointSection
+from megatron_r1.config.sections import LoraSection, OptimSection, ParallelSection
 from megatron_r1.errors import ConfigError
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
@@ -17,6 +18,7 @@ from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.lora import Adapter, adapters, size, without_adapters
 from megatron_r1.model.mapping import frozen, weights
 from megatron_r1.model.parallel import initialize
+from megatron_r1.model.placement import ParameterCounts
 from megatron_r1.train.batch import from_rows
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.reference import Reference
@@ -58,9 +60,7 @@ def test_an_untrained_adapter_changes_no_bit(exported: Path) -> None:
     base, adapted = build(exported, lora=None), build(exported)
     assert len(adapters(adapted.module)) == 3 * 5 + 2 + 2 * 2 * (8 + 1)
     assert torch.equal(logits(base), logits(adapted))
-    for (name, tensor), (other, merged) in zip(
-        base.map.export(base.module, torch.float32), adapted.map.export(adapted.module, torch.float32), strict=True
-    ):
+    for (name, tensor), (other, merged) in zip(base.export(torch.float32), adapted.export(torch.float32), strict=True):
         assert name == other
         assert torch.equal(tensor, merged), name
 
@@ -71,7 +71,7 @@ def test_trained_adapters_merged_are_the_same_model_in_transformers(exported: Pa
     train(policy, 0, 4)
     ours = logits(policy.model)
     assert (ours - base).abs().max() > 0.1
-    hf_folder.write(tmp_path / "hf", policy.model.hf, policy.model.map.export(policy.model.module, torch.float32))
+    hf_folder.write(tmp_path / "hf", policy.model.hf, policy.model.export(torch.float32))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     torch.testing.assert_close(ours, theirs(TOKENS[:, :-1]).logits, atol=1e-5, rtol=1e-5)
 
@@ -86,7 +86,7 @@ def test_so_are_those_of_a_dense_model(tmp_path: Path, name: str) -> None:
     for _ in range(3):
         policy.step(minibatch, CrossEntropy())
     assert len(adapters(policy.model.module)) == 2 * 4
-    hf_folder.write(tmp_path / "hf", policy.model.hf, policy.model.map.export(policy.model.module, torch.float32))
+    hf_folder.write(tmp_path / "hf", policy.model.hf, policy.model.export(torch.float32))
     base, merged = (
         AutoModelForCausalLM.from_pretrained(tmp_path / part, dtype=torch.float32) for part in ("base", "hf")
     )
@@ -148,7 +148,7 @@ def test_a_resumed_run_reaches_the_same_bits(exported: Path, tmp_path: Path) -> 
 def test_the_reference_is_the_base_until_it_is_refreshed(exported: Path) -> None:
     policy = policy_of(exported)
     reference = Reference(policy, every=2)
-    assert set(reference.weights) == set(weights(policy.model.module)) - frozen(policy.model.module)
+    assert set(reference.weights[0]) == set(weights(policy.model.module)) - frozen(policy.model.module)
     minibatch = [from_rows(TOKENS[:, :-1], TOKENS[:, 1:], 64)]
     start = policy.logprobs(minibatch)[0]
     train(policy, 0, 2)
@@ -189,13 +189,10 @@ def test_a_scalar_head_is_trained_whole(exported: Path) -> None:
 
 
 def test_size_says_what_is_trained() -> None:
-    layer = torch.nn.Linear(1024, 512, bias=False)
-    assert size(layer) == "524,288 parameters"
-    layer.requires_grad_(False)
-    layer.add_module("lora", Adapter(layer.weight, LoraSection(rank=2)))
-    # 2 x (1024 + 512) of them; 524,288 x (4 + 8) bytes
+    """A 1024 x 512 matrix with an adapter of rank 2: 2 x (1024 + 512) are trained, 524,288 x (4 + 8) bytes saved."""
+    assert size(ParameterCounts(total=524_288, trained=524_288), torch.float32) == "524,288 parameters"
     expected = "3,072 of 527,360 parameters are trained (0.58%), which saves 6.0 MiB of gradients and optimizer state"
-    assert size(layer).startswith(expected)
+    assert size(ParameterCounts(total=527_360, trained=3_072), torch.float32).startswith(expected)
 
 
 def test_dropout_is_for_training_only() -> None:
@@ -225,7 +222,8 @@ def test_a_checkpoint_holds_what_is_trained_and_not_the_base(exported: Path, tmp
     resumed = policy_of(exported)
     restored = Reference(resumed, every=2)
     checkpoints.load(3, resumed.trainable, {"reference": restored.weights})
-    assert [n for n, tensor in reference.weights.items() if not torch.equal(tensor, restored.weights[n])] == []
+    [kept], [back] = reference.weights, restored.weights
+    assert [name for name, tensor in kept.items() if not torch.equal(tensor, back[name])] == []
     ours, theirs = weights(resumed.model.module), weights(policy.model.module)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 

@@ -47,7 +47,7 @@ def test_checkpoint_has_the_released_layout(exported: Path, built: BuiltModel) -
 def test_untrained_mtp_layer_passes_through(exported: Path) -> None:
     policy = build_model(section(exported, load_weights=True, mtp_loss_coef=0.0), 128)
     assert policy.module.config.mtp_num_layers is None
-    before, after = load_file(exported / "model.safetensors"), dict(policy.map.export(policy.module, torch.float32))
+    before, after = load_file(exported / "model.safetensors"), dict(policy.export(torch.float32))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

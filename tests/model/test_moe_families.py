@@ -48,7 +48,7 @@ def test_packed_texts_do_not_see_one_another(pair: Pair, tokens: torch.Tensor) -
 
 def test_round_trip_is_bitwise(pair: Pair) -> None:
     before = load_file(pair.folder / "model.safetensors")
-    after = dict(pair.ours.map.export(pair.ours.module, torch.float32))
+    after = dict(pair.ours.export(torch.float32))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -71,7 +71,7 @@ def test_round_trip_is_bitwise(pair: Pair) -> None:
 )
 def test_names_are_those_of_the_released_checkpoints(tmp_path: Path, name: str, tensor: str, shape: list[int]) -> None:
     model = load(tmp_path, name).ours
-    assert list(dict(model.map.export(model.module, torch.float32))[tensor].shape) == shape
+    assert list(dict(model.export(torch.float32))[tensor].shape) == shape
 
 
 def change(folder: Path, **values: Any) -> Path:

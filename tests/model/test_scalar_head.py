@@ -35,7 +35,7 @@ def scalar(exported: Path) -> BuiltModel:
 @pytest.fixture(scope="module")
 def classifier(scalar: BuiltModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier") / "hf"
-    hf_folder.write(folder, scalar.hf, scalar.map.export(scalar.module, torch.float32), MODEL)
+    hf_folder.write(folder, scalar.hf, scalar.export(torch.float32), MODEL)
     return folder
 
 
@@ -75,7 +75,7 @@ def test_dense_families_too(name: str, tmp_path: Path) -> None:
     initialize(ParallelSection(), seed=0)
     write_dense(tmp_path / "causal", name)
     model = build_model(section(tmp_path / "causal", load_weights=True), 128, head="scalar")
-    hf_folder.write(tmp_path / "hf", model.hf, model.map.export(model.module, torch.float32))
+    hf_folder.write(tmp_path / "hf", model.hf, model.export(torch.float32))
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert type(theirs).__name__.endswith("ForSequenceClassification")
     text = torch.randint(4, 120, (20,), generator=torch.Generator().manual_seed(1))
@@ -94,7 +94,7 @@ def test_a_tied_model_may_hold_its_vocabulary_twice(tmp_path: Path) -> None:
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     model = build_model(section(tmp_path / "causal", load_weights=True), 128, head="scalar")
-    exported = dict(model.map.export(model.module, torch.float32))
+    exported = dict(model.export(torch.float32))
     assert "lm_head.weight" not in exported
     assert torch.equal(exported["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
 

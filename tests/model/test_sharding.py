@@ -74,7 +74,8 @@ R1_TINY = {
     "decoder.layers.2": LATENT_ATTENTION | EXPERTS | SHARED,
     "decoder": {"final_layernorm": {"weight"}},
     "mtp.layers.0": MTP,
-    "mtp.layers.0.transformer_layer": LATENT_ATTENTION | EXPERTS | SHARED,
+    # The MTP block asks its layers for plain states, too (multi_token_prediction.py:1150), and attention has one.
+    "mtp.layers.0.transformer_layer": LATENT_ATTENTION | EXPERTS | SHARED | {"self_attention.core_attention": set()},
 }
 BIASED = {f"{layer}.mlp.router.{name}" for layer in (*list(R1_TINY)[1:3], "mtp.layers.0.transformer_layer")
           for name in ("weight", "expert_bias")}  # fmt: skip
@@ -102,7 +103,8 @@ def test_names_are_those_of_transformer_engines_spec(
     expected = {f"{at}.{module}.{part}" for at, parts in modules.items() for module in parts for part in parts[module]}
     assert {piece.key for place in found.places.values() for piece in place.pieces} == expected | others
     states = {f"{at}.{module}._extra_state" for at, parts in modules.items() for module in parts}
-    assert {key.split("/")[0] for key in found.objects} == states
+    later = {state for state in states if "core_attention" in state}  # not any more in megatron-core 0.19
+    assert states - later <= {key.split("/")[0] for key in found.objects} <= states
 
 
 def test_an_object_for_each_expert_and_each_layer_of_those_that_share_a_name() -> None:

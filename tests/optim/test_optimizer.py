@@ -34,7 +34,7 @@ def rates(made: Trainable, count: int) -> list[float]:
 
 def test_expert_gradients_are_marked_for_reduction(tmp_path: Path) -> None:
     made = trainable(tmp_path, OptimSection(lr=1e-3))
-    marks = {name: getattr(param, "allreduce", True) for name, param in made.module.named_parameters()}
+    marks = {name: getattr(param, "allreduce", True) for name, param in made.chunks[0].named_parameters()}
     experts = [name for name in marks if ".experts." in name]
     assert experts
     assert [name for name, reduced in marks.items() if reduced == (name in experts)] == []
@@ -44,12 +44,12 @@ def test_routing_counts_stay_exact_in_bfloat16(tmp_path: Path) -> None:
     made = trainable(tmp_path, OptimSection(lr=1e-3), dtype="bfloat16")
     buffers = {
         name: getattr(module, name).dtype
-        for module in made.module.modules()
+        for module in made.chunks[0].modules()
         for name in ("local_tokens_per_expert", "expert_bias")
         if isinstance(getattr(module, name, None), torch.Tensor)
     }
     assert buffers == {"local_tokens_per_expert": torch.float32, "expert_bias": torch.float32}
-    assert {param.dtype for param in made.module.parameters()} == {torch.bfloat16}
+    assert {param.dtype for param in made.chunks[0].parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

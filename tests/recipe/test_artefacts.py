@@ -13,8 +13,9 @@ from megatron_r1.recipe.plan import Plan
 RESULTS = {"hf/config.json": "{}", "train.bin": "b", "train.idx": "i", "samples.jsonl": "s"}
 FIGURES = {"summary.json": "{}", "metrics.jsonl": "m"}
 OTHERS = (
-    "checkpoints/step_1/x.pt", "logs/engine-0.log", "tensorboard/events", "sync/x", "cache/x", "stage.json",
-    "stage.toml", "lineage.json", "config.toml", "run.log", "run.json", "report.html", ".x.partial", "hf/y.partial",
+    "checkpoints/step_1/x.pt", "logs/engine-0.log", "tensorboard/events", "sync/x", "cache/x",
+    "heartbeats/rank_0.json", "bad_batches/step_1/rank_0.pt", "stage.json", "stage.toml", "lineage.json", "config.toml",
+    "run.log", "run.json", "report.html", ".x.partial", "hf/y.partial",
 )  # fmt: skip
 
 

@@ -11,7 +11,10 @@ from megatron_r1.recipe.plan import Plan, Stage
 from megatron_r1.recipe.record import Record
 from megatron_r1.recipe.show import duration
 
-RESULTS = {"model": "x", "tasks": {"sums": {"pass@1": 0.25, "rewards": {"format": 0.5, "odd": None}}}}
+RESULTS = {
+    "model": "x",
+    "tasks": {"sums": {"pass@1": 0.25, "pass@1_interval": [0.2, 0.3], "rewards": {"format": 0.5, "odd": None}}},
+}
 
 
 def stage(name: str) -> Stage:
@@ -39,7 +42,12 @@ def plan(tmp_path: Path) -> Plan:
         stages=[stage("evaluate_base"), stage("evaluate_r1")],
         services={},
         models={"base": "evaluate_base", "r1": "evaluate_r1"},
-        figures={"accuracy": "tasks.sums.pass@1", "format": "tasks.sums.rewards.format", "no": "tasks.sum.pass@1"},
+        figures={
+            "accuracy": "tasks.sums.pass@1",
+            "format": "tasks.sums.rewards.format",
+            "low": "tasks.sums.pass@1_interval.0",
+            "no": "tasks.sum.pass@1",
+        },
     )
 
 
@@ -48,8 +56,8 @@ def test_summarize(plan: Plan) -> None:
         "title": "Tiny",
         "seed": 3,
         "models": {
-            "base": {"accuracy": 0.25, "format": 0.5, "no": None},
-            "r1": {"accuracy": None, "format": None, "no": None},
+            "base": {"accuracy": 0.25, "format": 0.5, "low": 0.2, "no": None},
+            "r1": {"accuracy": None, "format": None, "low": None, "no": None},
         },
         "stages": {
             "evaluate_base": {"verb": "evaluate", "state": "ran", "seconds": 3.75},
@@ -76,7 +84,9 @@ def test_a_figure_that_is_nowhere_is_told(plan: Plan) -> None:
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("model", "x"), ("tasks.sums.pass@1", 0.25), ("tasks.sums.rewards.odd", None), ("tasks", None), ("model.x", None)],
+    [("model", "x"), ("tasks.sums.pass@1", 0.25), ("tasks.sums.rewards.odd", None), ("tasks", None), ("model.x", None)]
+    + [("tasks.sums.pass@1_interval.1", 0.3), ("tasks.sums.pass@1_interval", None)]
+    + [(f"tasks.sums.pass@1_interval.{wrong}", None) for wrong in ("2", "-1", "x")],
 )
 def test_look_up(path: str, value: Any) -> None:
     assert look_up(RESULTS, path) == value

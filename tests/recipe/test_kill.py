@@ -63,7 +63,7 @@ def test_kill_9_in_a_stage(slow: Recipe, kill: Kill) -> None:
     assert not (slow.output / "superseded").exists()
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_a_signal_is_handed_on_and_waited_for(slow: Recipe, sent: signal.Signals, code: int) -> None:
     process = slow.start()
     child = until(lambda: verb(process), process)

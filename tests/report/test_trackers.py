@@ -1,7 +1,9 @@
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_r1.errors import ConfigError
@@ -64,3 +66,20 @@ def test_wandb_offline_needs_neither_account_nor_network(open_report, no_account
 def test_wandb_online_without_an_account_says_what_to_do(open_report, no_account):
     with pytest.raises(ConfigError, match="wandb login"), open_report(section={"wandb": "online"}):
         pass
+
+
+def test_prometheus_fetches_the_newest_step(open_report):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with open_report(section={"prometheus_port": port}) as report:
+        for step, value in ((0, 1.0), (1, 2.5)):
+            with report.step(step):
+                report.add({"loss": value, "accuracy/sums-2": 0.5})
+        families = text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").text)
+        found = {sample.name: sample for family in families for sample in family.samples}
+        with pytest.raises(ConfigError, match="prometheus_port"), open_report(section={"prometheus_port": port}):
+            pass
+    assert (found["megatron_r1_step"].value, found["megatron_r1_loss"].value) == (1, 2.5)
+    assert found["megatron_r1_accuracy_sums_2"].labels == {"run": report.output.name}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/metrics")

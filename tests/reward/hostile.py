@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 from megatron_r1.config.section import Section
@@ -13,7 +14,7 @@ from megatron_r1.types import Group
 
 
 class Hostile(Reward):
-    """Isolated: sleeps, exits, raises, segfaults; otherwise the number in the text."""
+    """Isolated: sleeps, exits, raises, segfaults, is killed; otherwise the number in the text."""
 
     isolated: ClassVar[bool] = True
 
@@ -24,6 +25,12 @@ class Hostile(Reward):
             time.sleep(3600)
         if text == "exit":
             os._exit(3)
+        if text.startswith("killed"):  # once, or each time
+            marker = Path(text.split()[-1])
+            if text.startswith("killed again") or not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return [5.0]
         if text == "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
         if text == "sys.exit":

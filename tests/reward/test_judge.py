@@ -143,6 +143,21 @@ def test_workers_that_die_between_steps_are_replaced(judge: Judge) -> None:
     assert judge.counters["verifier_crashes"] == 0
 
 
+def test_a_worker_that_is_killed_while_it_verifies_costs_no_sample_its_score(judge: Judge, tmp_path: Path) -> None:
+    asked = group("1", f"killed {tmp_path}/once", "2")
+    judge([asked])
+    assert parts(asked, "hostile") == [1.0, 5.0, 2.0]
+    assert judge.counters["verifier_crashes"] == 0
+
+
+def test_a_sample_that_has_its_worker_killed_twice_scores_zero(judge: Judge, tmp_path: Path) -> None:
+    """As one does that takes all memory."""
+    asked = group("1", f"killed again {tmp_path}/always", "2")
+    judge([asked])
+    assert parts(asked, "hostile") == [1.0, 0.0, 2.0]
+    assert judge.counters["verifier_crashes"] == 1
+
+
 def test_several_culprits_in_one_chunk(judge: Judge) -> None:
     asked = group("exit", "1", "segfault", "exit", "2")
     judge([asked])

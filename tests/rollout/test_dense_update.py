@@ -32,7 +32,7 @@ def test_updated_engine_is_bitwise_a_fresh_one(tmp_path: Path) -> None:
     with updated, fresh:
         before = updated.sample(prompts, n=4, seed=6)
         sync = SharedMemorySync(updated, tmp_path)
-        assert sync.push(trained.map.export(trained.module, torch.float32), version=1) > 0
+        assert sync.push(trained.export(torch.float32), version=1) > 0
         after, expected = (fleet.sample(prompts, n=4, seed=6) for fleet in (updated, fresh))
     answers = [[(sample.tokens, sample.logprobs) for group in groups for sample in group]
                for groups in (before, after, expected)]  # fmt: skip

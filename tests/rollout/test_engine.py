@@ -1,9 +1,6 @@
-"""Seeds of random streams, and what counts as a finished response."""
+"""Seeds of random streams, and what a response becomes."""
 
-import pytest
-
-from megatron_r1.errors import EngineError
-from megatron_r1.rollout.engine import to_sample
+from megatron_r1.rollout.responses import Response, to_sample
 from megatron_r1.seeds import stream_seed
 
 
@@ -15,11 +12,11 @@ def test_streams_are_apart_and_stable() -> None:
 
 
 def test_sample_keeps_what_the_engine_gave() -> None:
-    answer = {"tokens": [7, 2], "logprobs": [-0.1, -0.2], "finish_reason": "stop", "weight_versions": ["4", "3"]}
-    sample = to_sample(answer, decode=str)
+    line = """{"prompt": 0, "sample": 1, "tokens": [7, 2], "logprobs": [-0.1, -0.2], "finish_reason": "stop",
+               "weight_versions": ["4", "3"]}"""
+    response = Response.model_validate_json(line)
+    sample = to_sample(response, decode=str)
     assert (sample.tokens, sample.logprobs, sample.text) == ([7, 2], [-0.1, -0.2], "[7, 2]")
     assert sample.finished
     assert sample.weight_version == 3, "a response over an update counts as the older policy's"
-    assert not to_sample(answer | {"finish_reason": "length"}, decode=str).finished
-    with pytest.raises(EngineError, match="abort"):
-        to_sample(answer | {"finish_reason": "abort"}, decode=str)
+    assert not to_sample(response.model_copy(update={"finish_reason": "length"}), decode=str).finished

@@ -1,22 +1,25 @@
 """Real vLLM servers against transformers, against themselves, and against bad luck."""
 
-import itertools
 import random
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_r1.errors import DataError, EngineError
+from megatron_r1.rollout.engine import SAMPLE_PATH
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+from tests.processes import command_line
 from tests.rollout.tiny_model import VOCABULARY, decode, free_port, rollout_section
 
 Reference = Callable[[Path, list[int], list[int], float], torch.Tensor]
@@ -158,6 +161,34 @@ def test_two_engines_answer_as_one(models: tuple[Path, Path], reference: Referen
         groups = fleet.sample(prompts, n=2, seed=2)
         assert {sample.weight_version for group in groups for sample in group} == {7}
         assert difference(reference, models[1], prompts, groups, 1.0).mean() <= 1e-5
+        killed_in_the_middle(fleet, models[1], reference)
+
+
+def killed_in_the_middle(fleet: Fleet, model: Path, reference: Reference) -> None:
+    """Once while both have a share of a batch, and once while the scheduler feeds both."""
+    prompts = make_prompts(64, seed=6)
+    expected = bits(fleet.sample(prompts, n=2, seed=3))
+    assert bits(with_a_kill(fleet, prompts)) == expected
+    fleet.feed("continuous")
+    groups = with_a_kill(fleet, prompts)
+    assert [len(group) for group in groups] == [2] * 64
+    assert {sample.weight_version for group in groups for sample in group} == {7}
+    assert difference(reference, model, prompts[:8], groups[:8], 1.0).mean() <= 1e-5
+    figures = fleet.figures()
+    assert figures["engines_lost"] == 2
+    assert figures["engines_returned"] >= 1
+    assert 64 < figures["samples_again"] <= 64 + 128, "a share, then what was left of the groups that it had"
+
+
+def with_a_kill(fleet: Fleet, prompts: list[list[int]]) -> list[list[Sample]]:
+    """The first engine's server dies when the first group is there."""
+    marker = f"--port={fleet.section.port}"
+    server = next(process for process in vllm_processes(fleet) if marker in command_line(process))
+    stream = fleet.stream(prompts, n=2, seed=3)
+    answers = dict([next(stream)])
+    server.kill()
+    answers |= dict(stream)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def test_port_in_use_is_named(fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -180,28 +211,50 @@ def test_folder_without_config_is_refused(tmp_path: Path) -> None:
         Fleet(rollout_section(free_port()), tmp_path, tmp_path, "float32", decode)
 
 
-def test_killed_engine_core_is_an_error_at_once(fleets: tuple[Fleet, Fleet]) -> None:
-    """Stands last: it costs the second server."""
+def test_one_group_at_a_time(fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], reference: Reference) -> None:
+    """The scheduler's way to the same engine: the tokens' log-probabilities stay right, and streams stay apart."""
+    prompts = make_prompts(12, seed=8)
+    batch = fleets[0].sample(prompts, n=3, seed=13)
+    fleets[0].feed("continuous")
+    groups = fleets[0].sample(prompts, n=3, seed=13)
+    fleets[0].feed("batch")
+    assert [len(group) for group in groups] == [3] * 12
+    assert difference(reference, models[0], prompts, groups, 1.0).mean() <= 1e-5
+    pairs = zip(chain(*batch), chain(*groups), strict=True)
+    same = [one.tokens == other.tokens for one, other in pairs]
+    assert sum(same) >= 30, "the seeds are the same; only the last bits of sums may move a token"
+
+
+def test_nothing_without_the_token(fleets: tuple[Fleet, Fleet]) -> None:
+    """vLLM's routes that load, pause and sleep, and ours."""
+    url = f"http://127.0.0.1:{fleets[0].section.port}"
+    for path in ("/pause", "/resume", "/update_weights", "/collective_rpc", "/sleep", "/v1/completions", SAMPLE_PATH):
+        assert httpx.post(url + path, json={}).status_code == 401
+    assert httpx.get(url + "/health").status_code == 200
+
+
+def test_killed_engine_core_is_replaced(fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the weights that were pushed last, bit for bit; stands last, and its processes end with the fleet."""
     fleet = fleets[1]
+    SharedMemorySync(fleet, tmp_path).push(load_file(models[0] / "model.safetensors").items(), version=5)
+    prompts = make_prompts(64, seed=3)
+    expected = bits(fleet.sample(prompts, n=4, seed=1))
     processes = vllm_processes(fleet)
-    core = next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
-    threading.Timer(0.5, core.kill).start()
-    started = time.monotonic()
-    with pytest.raises(EngineError, match=r"(?s)vLLM at http://127.0.0.1.*the end of its log"):
-        sample_for_ever(fleet)
-    assert time.monotonic() - started < 60
+    core = next(process for process in processes if "EngineCore" in " ".join(command_line(process)))
+    core.suspend()  # however fast it is, it dies before its first answer
+    threading.Timer(1.0, core.kill).start()
+    answers = dict(fleet.stream(prompts, n=4, seed=1))
+    assert bits([answers[index] for index in range(64)]) == expected
+    figures = fleet.figures()
+    assert (figures["engines_lost"], figures["engines_returned"], figures["samples_again"]) == (1, 1, 256)
+    processes += vllm_processes(fleet)
     fleet.close()
     assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def sample_for_ever(fleet: Fleet) -> None:
-    for seed in itertools.count():
-        fleet.sample(make_prompts(64, seed=seed), n=4, seed=seed)
-
-
 def vllm_processes(fleet: Fleet) -> list[psutil.Process]:
     """Everything below the fleet's supervisors."""
-    mine = psutil.Process().children()
+    mine = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     marker = f"--port={fleet.section.port}"
-    supervisors = [process for process in mine if marker in process.cmdline()]
+    supervisors = [process for process in mine if marker in command_line(process)]
     return [process for supervisor in supervisors for process in supervisor.children(recursive=True)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from megatron_r1.config.runs import TokenizerConfig
@@ -19,6 +20,23 @@ def responses(rng: random.Random) -> tuple[str, str]:
     good, bad = ([rng.choice("012345678") for _ in range(rng.randint(3, 9))] for _ in range(2))
     good[rng.randrange(len(good))] = "9"
     return "".join(good), "".join(bad)
+
+
+WARNS = {"spike": "warn", "window": 4, "spike_sigma": 1e-6}
+"""[guard] that finds fault with most updates."""
+
+
+def bad_batches(output: Path) -> list[dict[str, Any]]:
+    """The microbatches of the updates that `WARNS` has found."""
+    paths = sorted((output / "bad_batches").rglob("rank_0.pt"))
+    return [micro for path in paths for micro in torch.load(path, weights_only=True)["microbatches"]]
+
+
+def throughput(output: Path) -> list[list[float]]:
+    """Tokens and 10^12 operations a second, and GiB, of each step."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    names = ("tokens_per_second", "tflops", "memory_peak_max")
+    return [[row[name] for name in names] for row in rows if row["kind"] == "step"]
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> Path:

@@ -108,10 +108,10 @@ def test_state_is_counted_as_it_is_made(make_learner: Callable[..., Learner]) ->
     """float32: weight, gradient and two moments of 4 bytes each; no vocabulary's layer, but one row."""
     made = make_learner()
     policy, critic = made.policy.trainable, critic_of(made).scorer.trainable
-    count = sum(parameter.numel() for parameter in critic.module.parameters())
+    count = sum(parameter.numel() for parameter in critic.chunks[0].parameters())
     assert state_bytes(critic) == pytest.approx(16 * count, rel=1e-3)  # buffers are padded
-    hidden = critic.module.config.hidden_size
-    rows = sum(p.numel() for p in policy.module.parameters()) - count
+    hidden = critic.chunks[0].config.hidden_size
+    rows = sum(p.numel() for p in policy.chunks[0].parameters()) - count
     assert rows == (400 - 1) * hidden
 
 

@@ -13,7 +13,15 @@ from megatron_r1.data.preferences import Pair
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.train.dpo import as_item, read, run
-from tests.train.preference_runs import equal_when_killed, settings, write_pairs, write_tokenizer
+from tests.train.preference_runs import (
+    WARNS,
+    bad_batches,
+    equal_when_killed,
+    settings,
+    throughput,
+    write_pairs,
+    write_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +33,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[DPOConfig, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("dpo")
     data = write_pairs(folder / "pairs.jsonl", 320)
-    config = DPOConfig.model_validate(settings(folder, tokenizer_folder, data))
+    config = DPOConfig.model_validate(settings(folder, tokenizer_folder, data, guard=WARNS))
     return config, run(config)
 
 
@@ -56,6 +64,15 @@ def test_transformers_finds_the_logps_that_the_run_measured(trained: tuple[DPOCo
 def test_a_killed_run_goes_on_bit_for_bit(trained: tuple[DPOConfig, dict[str, Any]]) -> None:
     """The reference of the second process too: it is that of the starting weights, not of the checkpoint's."""
     equal_when_killed(run, trained[0], trained[0].output)
+
+
+def test_bad_batches_are_kept_with_the_loss_of_each_token(trained: tuple[DPOConfig, dict[str, Any]]) -> None:
+    kept = bad_batches(trained[0].output)
+    assert kept
+    for micro in kept:
+        assert micro["loss"].shape == micro["selected"].shape
+        assert (micro["loss"] > 0).all()
+    assert all(min(figures) > 0 for figures in throughput(trained[0].output))
 
 
 def test_a_whole_response_is_judged_with_its_end(tokenizer_folder: Path) -> None:

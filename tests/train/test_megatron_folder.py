@@ -84,7 +84,7 @@ def test_a_causal_model_gets_the_same_new_scalar_head(deepseek: tuple[Path, Path
     expected, found = (build(folder, head="scalar") for folder in deepseek)
     assert_same(found, expected)
     assert weights(found.module)["output_layer.weight"].shape == (1, 64)
-    hf_folder.write(tmp_path / "hf", expected.hf, expected.map.export(expected.module, torch.bfloat16))
+    hf_folder.write(tmp_path / "hf", expected.hf, expected.export(torch.bfloat16))
     reward_model, again = build(tmp_path / "hf"), build(imported(tmp_path / "hf"))
     assert_same(again, reward_model)
     score = tensors(tmp_path / "hf")[SCORE].float()
@@ -115,7 +115,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     initialize(ParallelSection(), seed=1)
     section = ModelSection(path=folder, load_weights=False, dtype="float32", init_std=0.08)
     model = build_model(section, 64)
-    hf_folder.write(folder / "hf", model.hf, model.map.export(model.module, torch.float32), tokenizer)
+    hf_folder.write(folder / "hf", model.hf, model.export(torch.float32), tokenizer)
     write_lines(folder / "chats.jsonl", [row(number) for number in range(3, 9)])
     imported(folder / "hf")
     return folder
@@ -161,6 +161,11 @@ def test_fine_tuning_in_two_processes(base: Path, tmp_path: Path) -> None:
     assert_trained_alike(base, tmp_path)
 
 
+def written(output: Path) -> set[str]:
+    """What a run has left in its folder."""
+    return {path.name for path in output.iterdir()}
+
+
 @pytest.mark.parametrize("below", ["", "release"])
 def test_reinforcement_learning_refuses_what_its_engines_cannot_load(
     deepseek: tuple[Path, Path], tmp_path: Path, below: str
@@ -168,7 +173,7 @@ def test_reinforcement_learning_refuses_what_its_engines_cannot_load(
     folder = deepseek[1] / below
     with pytest.raises(ConfigError, match=rf"{folder} is a Megatron checkpoint.* `megatron-r1 export`"):
         rl.run(rank_program.config(folder, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert written(tmp_path / "run") == {"heartbeats"}
 
 
 def test_reinforcement_learning_refuses_quantised_weights(deepseek: tuple[Path, Path], tmp_path: Path) -> None:
@@ -177,7 +182,7 @@ def test_reinforcement_learning_refuses_quantised_weights(deepseek: tuple[Path, 
         rl.run(rank_program.config(folder, tmp_path / "run"))
     with pytest.raises(DataError, match="holds no tokenizer"):  # this one gets further
         rl.run(rank_program.config(deepseek[0], tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert written(tmp_path / "run") == {"heartbeats"}
 
 
 def test_a_critic_begins_from_a_megatron_folder(deepseek: tuple[Path, Path], tmp_path: Path) -> None:

@@ -23,9 +23,12 @@ from megatron_r1.train.preference_loop import share_of
 from megatron_r1.train.reward_model import Texts, read, run
 from megatron_r1.train.scorer import Scorer
 from tests.train.preference_runs import (
+    WARNS,
+    bad_batches,
     equal_when_killed,
     responses,
     settings,
+    throughput,
     write_labels,
     write_pairs,
     write_tokenizer,
@@ -45,7 +48,7 @@ def trained(
 ) -> tuple[RewardModelConfig, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("pairwise")
     data = write_pairs(folder / "pairs.jsonl", 320)
-    config = RewardModelConfig.model_validate(settings(folder, tokenizer_folder, data, part="response"))
+    config = RewardModelConfig.model_validate(settings(folder, tokenizer_folder, data, part="response", guard=WARNS))
     return config, run(config)
 
 
@@ -77,6 +80,15 @@ def test_transformers_scores_as_the_run_measured(trained: tuple[RewardModelConfi
 
 def test_a_killed_run_goes_on_bit_for_bit(trained: tuple[RewardModelConfig, dict[str, Any]]) -> None:
     equal_when_killed(run, trained[0], trained[0].output)
+
+
+def test_bad_batches_are_kept_with_the_score_of_each_text(trained: tuple[RewardModelConfig, dict[str, Any]]) -> None:
+    kept = bad_batches(trained[0].output)
+    assert kept
+    for micro in kept:
+        assert micro["loss"].numel() == len(micro["samples"])
+        assert micro["loss"].isfinite().all()
+    assert all(min(figures) > 0 for figures in throughput(trained[0].output))
 
 
 def test_an_exported_reward_model_is_trained_on(

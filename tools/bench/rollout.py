@@ -1,6 +1,10 @@
 """Tokens per second of a rollout: `Fleet.sample`, over HTTP to a real server, against vLLM's own `LLM.generate`.
 
     python tools/bench/rollout.py examples/r1_tiny/r1_zero.toml --rollout.port=9000
+    python tools/bench/rollout.py examples/r1_tiny/r1_zero.toml --rollout.port=9000 --rollout.engines=2
+
+The same engines are fed in both ways, `dispatch = "batch"` and `"continuous"`. With two engines the baseline stays one
+bare engine: on a machine whose cores it fills alone, nothing is to be gained.
 
 Both hold the same weights, answer the same prompts with the same number of samples, lengths, temperature, dtype and
 threads, and take turns. The bare engine lives in a process of its own, as the server does.
@@ -17,7 +21,7 @@ import time
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from paired import Comparison, measure, parser, report
@@ -84,6 +88,9 @@ def engine_arguments(config: RLConfig, on_cpu: bool) -> dict[str, Any]:
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
     }
+    share = [value for name, _, value in map(_parted, section.arguments) if name == "--gpu-memory-utilization"]
+    if share:
+        arguments["gpu_memory_utilization"] = float(share[-1])
     if on_cpu:
         arguments |= {
             "enforce_eager": True,
@@ -93,6 +100,10 @@ def engine_arguments(config: RLConfig, on_cpu: bool) -> dict[str, Any]:
             "max_num_batched_tokens": max(section.max_model_len, CPU_STEP_TOKENS),
         }
     return arguments
+
+
+def _parted(argument: str) -> tuple[str, str, str]:
+    return argument.partition("=")
 
 
 def serve(connection: Connection, arguments: dict[str, Any], log: Path) -> None:
@@ -145,20 +156,22 @@ def main() -> None:
         bare = BareEngine(config, Path(folder) / "bare.log")
         fleet = Fleet(config.rollout, config.model.path, Path(folder), config.model.dtype, tokenizer.decode)
 
-        def ours() -> float:
+        def ours(dispatch: Literal["batch", "continuous"]) -> float:
+            fleet.feed(dispatch)
             started = time.perf_counter()
             groups = fleet.sample(prompts, n=n, seed=SEED)
             seconds = time.perf_counter() - started
             return sum(len(sample.tokens) for group in groups for sample in group) / seconds
 
-        def against(name: str, inputs: list[list[int]], sampling: list[dict[str, Any]], target: float) -> Comparison:
-            return Comparison(
-                "Fleet.sample", "tokens/s", name, ours, partial(bare.tokens_per_second, inputs, sampling), target
-            )
-
+        same = partial(bare.tokens_per_second, repeated, seeded)
+        alone = partial(bare.tokens_per_second, prompts, [{**plain, "n": n}] * len(prompts))
         comparisons = [
-            against("LLM.generate, seeds and logprobs as ours", repeated, seeded, 0.9),
-            against(f"LLM.generate, n={n}, tokens alone", prompts, [{**plain, "n": n}] * len(prompts), 0.9),
+            Comparison(f"Fleet.sample, {dispatch}", "tokens/s", name, partial(ours, dispatch), baseline, 0.95)
+            for dispatch in ("batch", "continuous")
+            for name, baseline in (
+                ("LLM.generate, seeds and logprobs as ours", same),
+                (f"LLM.generate, n={n}, tokens alone", alone),
+            )
         ]
         with fleet:
             bare.wait_until_ready()
@@ -167,6 +180,7 @@ def main() -> None:
             finally:
                 bare.close()
     settings = {
+        "engines": config.rollout.engines,
         "samples": f"{len(prompts)} prompts x {n}",
         "max_tokens": config.rollout.max_tokens,
         "dtype": config.model.dtype,

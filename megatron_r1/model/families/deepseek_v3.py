@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_r1.config.schedule import largest, value_at
 from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import DataError
 from megatron_r1.model.families.deepseek import deepseek_config, layer_rules
@@ -25,8 +26,8 @@ class DeepseekV3:
         Raises:
             DataError: a key is missing, or has a value that Megatron's modules do not implement.
         """
-        mtp_layers = hf.get("num_nextn_predict_layers", 0) if section.mtp_loss_coef > 0 else 0
-        mtp = {"mtp_num_layers": mtp_layers or None, "mtp_loss_scaling_factor": section.mtp_loss_coef}
+        mtp_layers = hf.get("num_nextn_predict_layers", 0) if largest(section.mtp_loss_coef) else 0
+        mtp = {"mtp_num_layers": mtp_layers or None, "mtp_loss_scaling_factor": value_at(section.mtp_loss_coef, 0)}
         return deepseek_config(hf, section, **_router(hf, section), **mtp)
 
     @staticmethod
@@ -67,7 +68,7 @@ def _router(hf: HFConfig, section: ModelSection) -> dict[str, Any]:
     return {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": section.bias_update_rate,
+        "moe_router_bias_update_rate": value_at(section.bias_update_rate, 0),
         "moe_router_num_groups": groups if chosen_groups < groups else None,
         "moe_router_group_topk": chosen_groups if chosen_groups < groups else None,
     }

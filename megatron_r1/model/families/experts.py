@@ -37,7 +37,6 @@ def experts_config(
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "seq_aux_loss" if section.balance_loss_coef else "none",
         "moe_aux_loss_coeff": section.balance_loss_coef,
-        "moe_grouped_gemm": False,
     }
 
 

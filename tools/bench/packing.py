@@ -1,80 +1,51 @@
-"""Tokens per second of an optimizer step: `Policy.step` against a bare Megatron-core loop.
+"""What packing costs and gains: an optimizer step on packed responses against a padded row for each.
 
-    python tools/bench/train_step.py examples/r1_tiny/r1_zero.toml
+    python tools/bench/packing.py examples/r1_tiny/r1_zero.toml
 
-The bare loop is what one writes from Megatron-core's own pieces: `GPTModel` in its data-parallel wrapper, forward,
-`loss.backward()`, `finalize_model_grads`, the optimizer's step. Both have the same weights, optimizer and tokens,
-and the same number of forward passes. Three pairs:
-
-* rows of equal length with the cross-entropy, as in pretraining: the cost of `Policy`;
-* responses of equal length with the GRPO objective, packed, against the same as rows: the cost of packing;
-* responses of unequal length, packed, against the same padded to the longest: what packing gains.
+`Policy.step` with the GRPO objective against a loop of Megatron-core's own pieces (`learner.py`), with the same
+weights, optimizer and responses, and the same number of forward passes: responses of equal length, where packing has
+nothing to save, and of unequal length.
 
 Tokens are those of prompts and responses; padding counts for nothing.
 """
 
 import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from learner import UPDATES, BareMegatron
 from paired import Comparison, measure, parser, report, seconds
 
 from megatron_r1.config import component
 from megatron_r1.config.load import load
 from megatron_r1.config.runs import RLConfig
-from megatron_r1.loss.base import Loss
-from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.loss.grpo import Grpo
-from megatron_r1.model.build import BuiltModel, build_model, parameter_count
+from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import device, initialize
+from megatron_r1.model.placement import parameter_counts
 from megatron_r1.optim.optimizer import make_trainable
-from megatron_r1.train.batch import Minibatch, Share, Trajectory, attach, from_rows, split, with_inputs
+from megatron_r1.train.batch import Minibatch, Share, Trajectory, attach, split, with_inputs
 from megatron_r1.train.policy import Policy
 
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens, labels and weight of each label. [rows, seq]"""
-UPDATES = 1000
-"""Length of the schedule; more than are made."""
 
 
-class BareMegatron:
-    """Megatron-core's own pieces and a loop."""
+def weighted(batches: Iterator[Row], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """The weights make a sum a mean already, so it is divided by one."""
+    tokens, labels, weights = next(batches)
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    output = model(tokens, positions, None, labels=labels)
 
-    def __init__(self, model: BuiltModel, config: RLConfig) -> None:
-        # Here, because on CPU megatron_r1.model must have prepared Megatron before anything imports it.
-        from megatron.core.distributed import finalize_model_grads
+    def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        value = (output * weights).sum()
+        return value, torch.ones((), dtype=torch.int, device=output.device), {"loss": value.detach()}
 
-        self.trainable = make_trainable(model, config.optim, UPDATES)
-        self.finalize = finalize_model_grads
-
-    def step(self, batches: list[Row]) -> None:
-        """One optimizer update on the weighted cross-entropy."""
-        ddp, optimizer = self.trainable.ddp, self.trainable.optimizer
-        ddp.train()
-        ddp.zero_grad_buffer()
-        optimizer.zero_grad()
-        for tokens, labels, weights in batches:
-            positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-            loss = (ddp(tokens, positions, None, labels=labels) * weights).sum()
-            loss.backward()
-        self.finalize([ddp])
-        optimizer.step()
-        self.trainable.scheduler.step(1)
+    return output, loss
 
 
-def pretraining(config: RLConfig, vocab: int, rows: int, microbatches: int) -> tuple[Minibatch, list[Row]]:
-    """The same random rows of the model's longest sequence, for both."""
-    length = config.rollout.max_model_len
-    ours, bare = [], []
-    for _ in range(microbatches):
-        text = torch.randint(3, vocab, (rows, length + 1), device=device())
-        tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-        total = rows * length * microbatches
-        ours.append(from_rows(tokens, labels, total))
-        bare.append((tokens, labels, torch.full(tokens.shape, 1 / total, device=tokens.device)))
-    return ours, bare
-
-
-def rollout(config: RLConfig, vocab: int, samples: int, equal: bool) -> list[Trajectory]:
+def responses(config: RLConfig, vocab: int, samples: int, equal: bool) -> list[Trajectory]:
     """Random prompts and responses.
 
     Response lengths are log-normal (sigma 0.6) around a third of `max_tokens` and cut there, as reasoning traces are:
@@ -132,42 +103,31 @@ def main() -> None:
     initialize(config.parallel, config.seed)
     length, capacity = config.rollout.max_model_len, config.tokens_per_microbatch
     policy = Policy(build_model(config.model, length), config.optim, UPDATES, config.rollout.temperature)
-    bare = BareMegatron(build_model(config.model, length), config)
+    twin = build_model(config.model, length)
+    bare = BareMegatron(twin, make_trainable(twin, config.optim, UPDATES), weighted)
     vocab, rows = policy.model.hf["vocab_size"], max(capacity // length, 1)
     grpo: Grpo = component.build("loss", config.loss)
 
-    def pair(name: str, against: str, loss: Loss, work: tuple[Minibatch, list[Row]], tokens: int) -> Comparison:
-        minibatch, batches = work
+    def pair(equal: bool) -> Comparison:
+        samples = responses(config, vocab, chosen.samples, equal)
+        minibatch, batches = packed(samples, policy, grpo, capacity), padded(samples, rows)
+        tokens = sum(sample.length for sample in samples)
         return Comparison(
-            name,
+            f"{'equal' if equal else 'unequal'} lengths, packed, GRPO",
             "tokens/s",
-            against,
-            lambda: tokens / seconds(lambda: policy.step(minibatch, loss)),
+            "bare Megatron-core, one padded row a sample",
+            lambda: tokens / seconds(lambda: policy.step(minibatch, grpo)),
             lambda: tokens / seconds(lambda: bare.step(batches)),
             0.9,
         )
 
-    passes = max(chosen.samples // rows, 1)
-    comparisons = [
-        pair(
-            "rows, cross-entropy",
-            "bare Megatron, the same rows",
-            CrossEntropy(),
-            pretraining(config, vocab, rows, passes),
-            rows * passes * length,
-        )
-    ]
-    for equal, name in ((True, "equal lengths, packed, GRPO"), (False, "unequal lengths, packed, GRPO")):
-        samples = rollout(config, vocab, chosen.samples, equal)
-        work = packed(samples, policy, grpo, capacity), padded(samples, rows)
-        tokens = sum(sample.length for sample in samples)
-        comparisons.append(pair(name, "bare Megatron, one padded row a sample", grpo, work, tokens))
+    comparisons = [pair(equal=True), pair(equal=False)]
     measure(comparisons, chosen.rounds)
     report(
-        "optimizer step",
+        "packing",
         comparisons,
         chosen.json,
-        parameters=parameter_count(policy.model.module),
+        parameters=parameter_counts(policy.model.chunks).total,
         samples=chosen.samples,
         longest_sequence=length,
         tokens_per_forward_pass=capacity,

@@ -1,0 +1,151 @@
+"""Engines: those of `rl`, of reward models beside it, and those of verbs that only sample; what they hold, how fast."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_r1.config.plan import PlanSection
+from megatron_r1.config.runs import RLConfig
+from megatron_r1.config.sections import RolloutSection
+from megatron_r1.model.memory import Shape
+from megatron_r1.plan.engine_arguments import engine_of
+from megatron_r1.plan.hardware import Hardware
+from megatron_r1.plan.layouts import Finding
+from megatron_r1.plan.movement import Transfer, weight_sync, weights_file
+from megatron_r1.plan.rollout import Decoding, Engine, Lengths, cache_tokens, engine_weights
+from megatron_r1.plan.run_file import prompt_tokens
+from megatron_r1.plan.tensors import Counts
+
+GIB = 2**30
+_SIMULATED = 16384
+"""Samples of an engine whose decoding is followed step by step; of more, what comes before the end is repeated."""
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """All engines together."""
+
+    engines: int
+    gpus: int
+    weights: float
+    """Bytes on each GPU."""
+    cache_tokens: int
+    """Of one engine."""
+    at_once: int
+    """Samples of mean length that one engine decodes at once."""
+    rollout_seconds: float
+    """Until all samples are there; 0 where their number is not known."""
+    tail_seconds: float
+    """Of the rollout, after the last sample has begun."""
+    tokens_per_second: float
+    sync: Transfer
+    """New weights; of verbs that only sample, reading them once."""
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """What a step waits for it."""
+        return self.rollout_seconds + self.sync.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "sync": vars(self.sync), "findings": [vars(finding) for finding in self.findings]}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a fleet is asked for."""
+
+    samples: int
+    prompt: int
+    """Tokens of a question."""
+    mean: int
+    """Of a sample with its question."""
+    spread: float
+
+
+def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, hardware: Hardware) -> FleetPlan:
+    """That of a run.
+
+    Args:
+        shape: the policy's.
+        run: its run file.
+        options: lengths.
+        counts: of the policy.
+        hardware: where.
+    """
+    section = run.rollout
+    mean = options.mean_tokens or section.max_model_len // 4
+    asked = Asked(run.questions * run.group_size, prompt_tokens(run), mean, options.spread)
+    made = fleet(shape, section, asked, counts, hardware)
+    return replace(made, sync=_sync(section, made.gpus // made.engines, counts, hardware))
+
+
+def _sync(section: RolloutSection, gpus: int, counts: Counts, hardware: Hardware) -> Transfer:
+    """By the run's transport (weight_sync/transport.py)."""
+    if section.transport not in {"auto", "shared_memory", "disk"}:
+        return weight_sync(counts.main, engine_of(section.arguments, 1).weight, hardware)
+    here = section.on_this_machine and gpus <= hardware.gpus_per_node
+    shared = section.transport == "shared_memory" or (section.transport == "auto" and here)
+    return weights_file(counts.main, gpus, shared, hardware)
+
+
+def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, hardware: Hardware) -> FleetPlan:
+    """That of a [rollout]."""
+    engine = engine_of(section.arguments, section.max_num_seqs)
+    count = len(section.addresses) or section.engines
+    room = cache_tokens(shape, engine, counts, hardware)
+    fits = room // engine.copies >= section.max_model_len
+    spread = Lengths(max(1.0, asked.mean - asked.prompt), asked.spread, section.max_tokens)
+    each = math.ceil(asked.samples / count)
+    lengths = spread.sample(min(each, _SIMULATED)) if each else []
+    seconds = tail = 0.0
+    if fits and lengths:
+        seconds, tail = Decoding(shape, engine, hardware).rollout(lengths, asked.prompt, room)
+        seconds = tail + (seconds - tail) * each / len(lengths)
+    return FleetPlan(
+        engines=count,
+        gpus=count * engine.gpus,
+        weights=engine_weights(shape, engine, counts),
+        cache_tokens=max(0, room),
+        at_once=max(0, min(engine.sequences * engine.copies, room // asked.mean)),
+        rollout_seconds=seconds,
+        tail_seconds=tail,
+        tokens_per_second=sum(lengths) / len(lengths) * each * count / seconds if seconds else 0.0,
+        sync=weight_sync(counts.main, engine.weight, hardware),
+        findings=[] if fits else [_full(shape, engine, counts, section.max_model_len, hardware)],
+    )
+
+
+def _full(shape: Shape, engine: Engine, counts: Counts, longest: int, hardware: Hardware) -> Finding:
+    weights = engine_weights(shape, engine, counts) / GIB
+    limit = hardware.memory * (engine.memory or hardware.engine_memory) / GIB
+    room = max(0, cache_tokens(shape, engine, counts, hardware) // engine.copies)
+    return Finding(
+        "does not fit",
+        f"an engine of {engine.gpus} GPUs holds {weights:.1f} GiB of weights on each, of {limit:.1f} that vLLM takes; "
+        f"its cache has room for {room:,} tokens, but one sample can have {longest:,}: give `arguments` a larger "
+        '"--tensor-parallel-size", or "--quantization=fp8"',
+    )
+
+
+def plan_servers(
+    shape: Shape, sections: Sequence[Any], counts: Counts, hardware: Hardware
+) -> tuple[int, list[Finding]]:
+    """GPUs of the reward models of a run, and what is wrong with them. They are taken to be as large as the policy.
+
+    Args:
+        shape: the policy's.
+        sections: each of [reward_models].
+        counts: of the policy.
+        hardware: where.
+    """
+    gpus, findings = 0, []
+    for section in sections:
+        engine = engine_of(section.arguments, section.max_num_seqs)
+        gpus += engine.gpus
+        longest = section.max_model_len or 1
+        if cache_tokens(shape, engine, counts, hardware) < longest:
+            findings.append(_full(shape, engine, counts, longest, hardware))
+    return gpus, findings

@@ -1,0 +1,37 @@
+"""What tells whether the weights that an engine reads are those that the trainer wrote."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+import xxhash
+
+KEY = "xxh3_64"
+"""Of a safetensors file's metadata: name of each tensor -> its checksum, as JSON."""
+VERSION = "version"
+"""Of the same metadata: which weights they are."""
+BLOCK = 1 << 14
+BLOCKS = 16
+"""So many blocks of a tensor count, from its first byte to its last; of one that is not larger every byte does."""
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """XXH3 of dtype, shape and content of a tensor on the host.
+
+    Of a large tensor blocks at equal distances stand for all of it: a transport goes wrong by a tensor, a bucket or a
+    page, and reading everything again on both sides would cost as much as sending it.
+    """
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    hasher = xxhash.xxh3_64(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if content.size <= BLOCK * BLOCKS:
+        hasher.update(content)
+    else:
+        for number in range(BLOCKS):
+            start = number * (content.size - BLOCK) // (BLOCKS - 1)
+            hasher.update(content[start : start + BLOCK])
+    return hasher.hexdigest()
+
+
+def checksum_of_all(checksums: Mapping[str, str]) -> str:
+    """One for the whole model, whatever the order of its tensors."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(checksums, sort_keys=True).encode())

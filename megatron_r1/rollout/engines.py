@@ -1,0 +1,340 @@
+"""The engines of a fleet on an event loop of their own: asked, watched, restarted, kept on the right weights.
+
+An engine that refuses connections, breaks them off, says that its core is dead, is silent for `stall_timeout`, or gives
+an answer that no working engine gives, is lost: what it was asked for fails with `EngineLostError`, and it is started
+again (one at an address is waited for), brought to the newest weights and only then asked again.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+import httpx
+
+from megatron_r1.config.sections import RolloutSection
+from megatron_r1.errors import EngineError
+from megatron_r1.rollout.client import HEALTH_SECONDS
+from megatron_r1.rollout.engine import Sampling
+from megatron_r1.rollout.member import Member, Weights
+from megatron_r1.rollout.responses import Ask, GarbageError, Response, ask
+from megatron_r1.rollout.server import EngineLostError
+
+T = TypeVar("T")
+CLOSE_SECONDS = 5.0
+DRAIN_SECONDS = 0.02
+"""Between two looks at an engine that is to take new weights when it has done its work."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Work:
+    """One call of `Fleet.stream`."""
+
+    prompts: list[list[int]]
+    seeds: list[list[int]]
+    """Of each sample of each prompt. [prompts][n]"""
+    max_tokens: list[int]
+    sampling: Sampling
+    arrived: "SimpleQueue[tuple[int, list[Response]] | None]" = field(default_factory=SimpleQueue)
+    """Number of a prompt and all its samples, in order; None = there is nothing more to come."""
+
+
+class Watcher(Protocol):
+    """Is told what happens to engines, on their loop."""
+
+    def joined(self, member: Member) -> None:
+        """An engine has the newest weights and can be asked."""
+        ...
+
+    def held(self, member: Member) -> None:
+        """An engine is given new weights."""
+        ...
+
+    def left(self, member: Member) -> None:
+        """An engine is lost."""
+        ...
+
+
+class Engines:
+    """Asks engines, and brings back those that are lost.
+
+    Args:
+        members: engines that are ready.
+        section: the run file's [rollout].
+        weights: what they hold.
+    """
+
+    def __init__(self, members: list[Member], section: RolloutSection, weights: Weights) -> None:
+        self.members, self.section, self.weights = members, section, weights
+        self.watcher: Watcher | None = None
+        self.lost = self.returned = self.samples_again = 0
+        """Since the fleet began: engines lost, engines that came back, samples that were asked for once more."""
+        self.drain = False
+        """Whether an engine takes new weights only when it has given all that it was asked for."""
+        self._draining: set[str] = set()
+        self._loading = 0
+        """Engines that had drained and load."""
+        self._busy = _Busy()
+        for member in members:
+            member.version, member.ready = weights.version, True
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.AsyncClient(limits=limits, trust_env=False)
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run something on the loop, from another thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def soon(self, act: Callable[..., object], *arguments: Any) -> None:
+        """Call something on the loop, from any thread; calls keep their order."""
+        self._loop.call_soon_threadsafe(act, *arguments)
+
+    async def ask(self, member: Member, request: Ask, take: Callable[[Response], None]) -> None:
+        """Ask an engine for samples; each goes to `take` as soon as it is there.
+
+        Raises:
+            EngineLostError: the engine was lost.
+            EngineError: it works, and refuses.
+        """
+        life, first, left = member.life, member.version, sum(map(len, request.seeds))
+        url, stall = member.server.url, self.section.stall_timeout
+        answers = ask(self._http, url, member.token, request, stall, lambda: (first, self.weights.version))
+        self._asked(member, left)
+
+        async def read() -> None:
+            nonlocal left
+            async with aclosing(answers):
+                async for response in answers:
+                    left -= 1
+                    self._asked(member, -1)
+                    member.meter.tokens += len(response.tokens)
+                    take(response)
+
+        try:
+            async with asyncio.timeout(self.section.request_timeout):
+                await _while_healthy(member, read())
+            member.failures = 0
+        except httpx.HTTPStatusError as error:
+            what = f"answered a request for samples with {error.response.status_code}: {error}"
+            if error.response.is_client_error:
+                raise member.server.failure(what) from error
+            raise self._lose(member, life, what) from error
+        except GarbageError as error:
+            raise self._lose(member, life, f"answered a request for samples with {error}") from error
+        except httpx.ReadTimeout as error:
+            raise self._lose(member, life, f"gave no sign of life for {stall:g} s") from error
+        except httpx.HTTPError as error:
+            raise self._lose(member, life, f"has died, or cannot be reached ({error!r})") from error
+        except TimeoutError as error:
+            what = f"did not answer a request for samples within {self.section.request_timeout:g} s"
+            raise self._lose(member, life, what) from error
+        finally:
+            self._asked(member, -left)
+
+    async def update_weights(self, path: Path, version: int) -> None:
+        """Give them new weights; engines that are lost on the way, or before, get these when they come back.
+
+        With `drain` they get them later: each when it has done what it was asked for, and nothing new until then.
+
+        Raises:
+            EngineError: an engine refuses them.
+        """
+        self.weights = Weights(version, path)
+        for member in self.members:
+            if member.gone and member.remote:
+                member.gone, member.failures = False, 0
+                self._spawn(self._bring_back(member))
+        ready = [member for member in self.members if member.ready]
+        for member in ready:
+            if self.watcher:
+                self.watcher.held(member)
+        if self.drain:
+            for member in ready:
+                if member.name not in self._draining:
+                    self._spawn(self._load_when_done(member))
+            while self._loading:  # perhaps from the file that will be written next
+                await asyncio.sleep(DRAIN_SECONDS)
+            return
+        await asyncio.gather(*(self._load(member) for member in ready))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that depends on engines that come back or are given up."""
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
+    async def idle(self) -> float:
+        """Share of the time since the last call in which an engine had nothing to do, mean over engines."""
+        return 1 - self._busy.mean() / len(self.members)
+
+    async def figures(self) -> dict[str, float]:
+        """Counts since the fleet began; of each engine, tokens/s and mean queue while busy, since the last call."""
+        counts = {
+            "engines_ready": float(sum(member.ready for member in self.members)),
+            "engines_lost": float(self.lost),
+            "engines_returned": float(self.returned),
+            "samples_again": float(self.samples_again),
+        }
+        by_engine = ((member.name, member.meter.figures()) for member in self.members)
+        return counts | {f"{engine}/{name}": value for engine, found in by_engine for name, value in found.items()}
+
+    def close(self) -> None:
+        """End every engine of the run, and the loop."""
+        for member in self.members:
+            member.terminate()  # all at once, so that they end in parallel
+        if self._thread.is_alive():
+            with suppress(TimeoutError):
+                self.start(self._end()).result(CLOSE_SECONDS)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CLOSE_SECONDS)
+        for member in self.members:
+            member.close()
+
+    async def _load(self, member: Member) -> None:
+        life = member.life
+        try:
+            await asyncio.to_thread(member.load, self.weights)
+        except EngineLostError as error:
+            self._lose(member, life, error)
+        else:
+            if member.ready and member.life == life and self.watcher:
+                self.watcher.joined(member)
+
+    async def _load_when_done(self, member: Member) -> None:
+        """The newest weights, once nothing is left that the engine was asked for."""
+        life = member.life
+        self._draining.add(member.name)
+        try:
+            while member.meter.queue and member.life == life and member.ready:
+                await asyncio.sleep(DRAIN_SECONDS)
+            while member.version != self.weights.version and member.life == life and member.ready:
+                with self._counted_as_loading():
+                    await asyncio.to_thread(member.load, self.weights, late=True)
+        except (EngineError, OSError) as error:
+            said = error if isinstance(error, EngineError) else member.server.failure(f"failed ({error})")
+            self._lose(member, life, said if isinstance(said, EngineLostError) else EngineLostError(said))
+        finally:
+            self._draining.remove(member.name)
+        if member.ready and member.life == life and self.watcher:
+            self.watcher.joined(member)
+
+    @contextmanager
+    def _counted_as_loading(self) -> Iterator[None]:
+        self._loading += 1
+        try:
+            yield
+        finally:
+            self._loading -= 1
+
+    def _asked(self, member: Member, samples: int) -> None:
+        """So many samples more are awaited of an engine; fewer, if negative."""
+        before = member.meter.queue
+        member.meter.asked(samples)
+        self._busy.change(bool(member.meter.queue) - bool(before))
+
+    def _lose(self, member: Member, life: int, what: str | EngineLostError) -> EngineLostError:
+        """Take an engine out, unless another request has noticed before."""
+        if member.life != life or not member.ready:
+            return EngineLostError(f"{member.name} is lost")
+        error = what if isinstance(what, EngineLostError) else EngineLostError(member.server.failure(what))
+        member.ready, member.error = False, error
+        member.failures += 1
+        self.lost += 1
+        _say(f"{member.name} is taken out", error)
+        if self.watcher:
+            self.watcher.left(member)
+        self._spawn(self._bring_back(member))
+        return error
+
+    async def _bring_back(self, member: Member) -> None:
+        """Start it again, or wait for it, as often as `max_restarts` allows."""
+        while member.failures <= self.section.max_restarts or (member.remote and any(m.ready for m in self.members)):
+            try:
+                await asyncio.to_thread(member.restart)
+                while member.version != self.weights.version:
+                    await asyncio.to_thread(member.load, self.weights, late=True)
+            except (EngineError, OSError) as error:
+                member.error = error if isinstance(error, EngineError) else member.server.failure(f"failed ({error})")
+                member.failures += 1
+                _say(f"{member.name} does not come back", member.error)
+                continue
+            member.life += 1
+            member.ready = True
+            self.returned += 1
+            logger.warning("%s is back, with weights %d", member.name, member.version)
+            if self.watcher:
+                self.watcher.joined(member)
+            break
+        else:
+            member.gone = True
+            await asyncio.to_thread(member.server.close)
+            logger.warning("%s is given up after %d restarts", member.name, self.section.max_restarts)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # a loop alone would let it be collected
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._http.aclose()
+
+
+class _Busy:
+    """How many engines have something to do, over time."""
+
+    def __init__(self) -> None:
+        self._engines, self._area = 0, 0.0
+        self._since = self._began = time.monotonic()
+
+    def change(self, engines: int) -> None:
+        """So many more have."""
+        now = time.monotonic()
+        self._area += self._engines * (now - self._since)
+        self._since = now
+        self._engines += engines
+
+    def mean(self) -> float:
+        """Since the last call."""
+        self.change(0)
+        mean = self._area / max(self._since - self._began, 1e-9)
+        self._area, self._began = 0.0, self._since
+        return mean
+
+
+async def _while_healthy(member: Member, reading: Coroutine[Any, Any, None]) -> None:
+    """Read on, and ask for health meanwhile: a server whose core has died may hold its connections open.
+
+    Raises:
+        httpx.ConnectError: the server says that its core is dead, or does not listen any more.
+    """
+    task = asyncio.create_task(reading)
+    try:
+        while not (await asyncio.wait({task}, timeout=HEALTH_SECONDS))[0]:
+            if await asyncio.to_thread(member.client.lost):
+                raise httpx.ConnectError("it is not healthy")
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def _say(what: str, error: EngineError) -> None:
+    logger.warning("%s: %s", what, str(error).splitlines()[0])

@@ -1,0 +1,144 @@
+"""Groups without end: asked one by one from any thread, and told about in the order in which things happen.
+
+Where `Fleet.stream` answers one batch, a flow lets generation go on while the learner trains. It says what the rule of
+`admission.py` needs to know: which weights have begun a group, when it is complete, when engines have newer weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from megatron_r1.rollout.engine import Decode, Sampling
+from megatron_r1.rollout.engines import Engines
+from megatron_r1.rollout.refill import Asked, Refill
+from megatron_r1.rollout.responses import Response, to_sample
+from megatron_r1.types import Sample
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An engine has got a group, or what was missing of it."""
+
+    key: str
+    version: int
+    """Of its weights."""
+
+
+@dataclass(frozen=True)
+class Complete:
+    """All samples of a group are there."""
+
+    key: str
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Newer:
+    """An engine has weights of this version."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Nothing more will be complete."""
+
+    error: Exception
+
+
+Event = Sent | Complete | Newer | Failed
+
+
+@dataclass(frozen=True)
+class _There:
+    """As `Complete`, before anybody has read it."""
+
+    key: str
+    responses: list[Response]
+
+
+class Flow:
+    """One at a time; its methods may be called from any thread.
+
+    Args:
+        engines: the fleet.
+        refill: its dispatch.
+        sampling: how all of it is drawn.
+        decode: token ids -> text, for `Sample.text`.
+        room: longest response to a prompt, tokens.
+        at_group_borders: engines take new weights when the groups that they have are complete, not at once.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        refill: Refill,
+        sampling: Sampling,
+        decode: Decode,
+        room: Callable[[list[int]], int],
+        at_group_borders: bool = False,
+    ) -> None:
+        self._engines, self._refill, self._room = engines, refill, room
+        self._sampling, self._decode = sampling, decode
+        self._events: SimpleQueue[Sent | _There | Newer | Failed | None] = SimpleQueue()
+        self._watching = engines.start(self._open(at_group_borders))
+
+    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None:
+        """Ask for a group, of weights of a version or newer.
+
+        Raises:
+            DataError: the prompt leaves no room for a response.
+        """
+        asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling)
+        self._engines.soon(self._refill.add, _name(key), asked, at_least)
+
+    def cancel(self, keys: Sequence[str]) -> None:
+        """Groups that are not wanted any more; what has been said of them may still be among the events."""
+        for key in keys:
+            self._engines.soon(self._refill.forget, _name(key))
+
+    def events(self) -> list[Event]:
+        """What has happened since the last call, at least one thing; nothing once the flow is closed."""
+        found = [self._events.get()]
+        while True:
+            try:
+                found.append(self._events.get_nowait())
+            except Empty:
+                break
+        return [] if None in found else [self._read(event) for event in found if event is not None]
+
+    def close(self) -> None:
+        """Wake who waits for events."""
+        self._watching.cancel()
+        self._events.put(None)
+
+    def sent(self, name: int | str, version: int) -> None:
+        """See `Owner`, as for the next two."""
+        self._events.put(Sent(str(name), version))
+
+    def complete(self, name: int | str, responses: list[Response]) -> None:
+        self._events.put(_There(str(name), responses))
+
+    def fail(self, error: Exception) -> None:
+        self._events.put(Failed(error))
+
+    async def _open(self, at_group_borders: bool) -> None:
+        def newer(version: int) -> None:
+            self._events.put(Newer(version))
+
+        self._refill.newer.append(newer)
+        self._engines.drain = at_group_borders
+        try:
+            self.fail(await self._refill.hopeless())
+        finally:
+            self._refill.newer.remove(newer)
+
+    def _read(self, event: "Sent | _There | Newer | Failed") -> Event:
+        if isinstance(event, _There):
+            return Complete(event.key, [to_sample(response, self._decode) for response in event.responses])
+        return event
+
+
+def _name(key: str) -> str:
+    """What the dispatch calls it, where there are those of `Fleet.stream`, too."""
+    return f"flow/{key}"

@@ -1,0 +1,148 @@
+"""One engine of a fleet through all its lives: its server, how to talk to it, the weights that it holds."""
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_r1.config.sections import RolloutSection
+from megatron_r1.errors import EngineError
+from megatron_r1.rollout.client import Client, wait_until_healthy
+from megatron_r1.rollout.server import RemoteServer, Server
+
+START_KEY = "rollout.start_timeout"
+
+
+class Weights:
+    """What engines have to hold: a safetensors file, or what they start with.
+
+    The file is kept open, so an engine on this machine that starts again finds it after its name is gone, and a run
+    that is killed leaves no name behind.
+    """
+
+    def __init__(self, version: int, path: Path | None = None) -> None:
+        self.version, self.path = version, path
+        self.kept: Path | None = None
+        """The same file, whatever becomes of its name."""
+        if path:
+            opened = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, opened)
+            self.kept = Path(f"/proc/{os.getpid()}/fd/{opened}")
+
+
+class Member:
+    """An engine that may be started again.
+
+    Args:
+        name: as logs and figures call it.
+        section: the run file's [rollout].
+        start: begins a server; the first one is started here.
+        token: what the server wants to be shown.
+
+    Raises:
+        EngineError: its port is in use.
+    """
+
+    def __init__(
+        self, name: str, section: RolloutSection, start: Callable[[], Server | RemoteServer], token: str
+    ) -> None:
+        self.name, self.token = name, token
+        self.version = -1
+        """Of the weights that it holds; -1 = not known."""
+        self.life = 0
+        """Starts and returns so far."""
+        self.ready = False
+        """Is it to be asked?"""
+        self.failures = 0
+        """Times that it was lost or did not start since it last did its work."""
+        self.gone = False
+        """Is it given up?"""
+        self.error: EngineError | None = None
+        """Why it was lost last."""
+        self.meter = Meter()
+        self._section = section
+        self._start = start
+        self._lock = threading.Lock()
+        self._closed = False
+        self.server = start()
+        self.client = Client(self.server, section.request_timeout, token)
+
+    @property
+    def remote(self) -> bool:
+        """Was it started by others?"""
+        return isinstance(self.server, RemoteServer)
+
+    def restart(self) -> None:
+        """Start it anew, or wait until others have.
+
+        Raises:
+            EngineError: it does not start, or not in time.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineError(f"{self.name} is closed")
+            self.version = -1
+            self.server.close()
+            self.client.close()
+            self.server = self._start()
+            self.client = Client(self.server, self._section.request_timeout, self.token)
+        wait_until_healthy([self.client], self._section.start_timeout, START_KEY)
+        if self.remote:  # it may have been out of reach for a moment, with all that it had
+            self.client.resume()
+            reported = self.client.weight_version()
+            self.version = int(reported) if reported.isdecimal() else -1
+
+    def load(self, weights: Weights, late: bool = False) -> None:
+        """Bring it to these weights; `late`: after the push, when the file's name may be gone.
+
+        Raises:
+            EngineError: it refuses them; `EngineLostError`: it is lost.
+        """
+        named = not late or (self.remote and weights.path and weights.path.exists())
+        if path := weights.path if named else weights.kept:
+            self.client.update_weights(path, weights.version)
+        else:
+            self.client.set_weight_version(weights.version)
+        self.version = weights.version
+
+    def terminate(self) -> None:
+        """Ask its server to end, without waiting for it; it will not start again."""
+        self._closed = True
+        self.server.terminate()
+
+    def close(self) -> None:
+        """End its server."""
+        self.terminate()
+        with self._lock:
+            self.server.close()
+            self.client.close()
+
+
+class Meter:
+    """How much an engine has to do, and does."""
+
+    def __init__(self) -> None:
+        self.queue = 0
+        """Samples that it was asked for and has not given."""
+        self.tokens = 0
+        self._busy = self._queued = 0.0
+        self._since = time.monotonic()
+
+    def asked(self, samples: int) -> None:
+        """So many samples more are awaited; fewer, if negative."""
+        now = time.monotonic()
+        if self.queue:
+            self._busy += now - self._since
+            self._queued += self.queue * (now - self._since)
+        self._since = now
+        self.queue += samples
+
+    def figures(self) -> dict[str, float]:
+        """Tokens/s and mean queue while it had something to do, since the last call."""
+        self.asked(0)
+        busy = self._busy or 1.0
+        found = {"tokens_per_s": self.tokens / busy, "queue": self._queued / busy}
+        self.tokens, self._busy, self._queued = 0, 0.0, 0.0
+        return found

@@ -1,0 +1,214 @@
+"""Continuous dispatch: the scheduler gives an engine the next group as soon as it has a sequence free.
+
+A group is one request. What an engine that is lost leaves unfinished goes to others; samples that are there are kept.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
+
+from megatron_r1.errors import EngineError
+from megatron_r1.rollout.engine import Sampling
+from megatron_r1.rollout.engines import Engines, Work
+from megatron_r1.rollout.member import Member
+from megatron_r1.rollout.responses import Ask, Response
+from megatron_r1.rollout.scheduler import Assignment, Scheduler
+from megatron_r1.rollout.server import EngineLostError
+
+MAX_LOSSES = 8
+"""Engines lost with the same group before it is taken for the cause."""
+
+
+class Owner(Protocol):
+    """Who has asked for groups; is told about them on the engines' loop."""
+
+    def sent(self, name: int | str, version: int) -> None:
+        """An engine with weights of this version has got what is missing of a group."""
+        ...
+
+    def complete(self, name: int | str, responses: list[Response]) -> None:
+        """All samples of a group, in order."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """No more groups will be complete."""
+        ...
+
+
+@dataclass(eq=False)
+class Asked:
+    """A prompt whose samples are not all there."""
+
+    owner: Owner
+    name: int | str
+    """What the owner calls it."""
+    prompt: list[int]
+    seeds: list[int]
+    """Of each sample."""
+    max_tokens: int
+    sampling: Sampling
+    there: dict[int, Response] = field(default_factory=dict)
+    losses: int = 0
+    """Engines that were lost while they had it."""
+    request: "asyncio.Task[None] | None" = None
+
+
+@dataclass(eq=False)
+class _Running:
+    """A `Work` and what is left of it."""
+
+    work: Work
+    left: int
+    """Groups."""
+    end: "asyncio.Future[None]"
+
+    def sent(self, name: int | str, version: int) -> None:
+        """Nobody asks."""
+
+    def complete(self, name: int | str, responses: list[Response]) -> None:
+        self.work.arrived.put((int(name), responses))
+        self.left -= 1
+        if not self.left and not self.end.done():
+            self.end.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        if not self.end.done():
+            self.end.set_exception(error)
+
+
+class Refill:
+    """Runs the scheduler.
+
+    Args:
+        engines: the fleet.
+        capacity: sequences that an engine runs at once.
+    """
+
+    def __init__(self, engines: Engines, capacity: int) -> None:
+        self.engines = engines
+        self._capacity = capacity
+        self._scheduler = Scheduler()
+        self._groups: dict[str, Asked] = {}
+        self._members: dict[str, Member] = {}
+        """By the name of its present life, as the scheduler knows it."""
+        self._works = count()
+        self.newer: list[Callable[[int], None]] = []
+        """Called, on the loop, with the version of weights that an engine has got."""
+        for member in engines.members:
+            if member.ready:
+                self.joined(member)
+        engines.watcher = self
+
+    async def run(self, work: Work) -> None:
+        """Have all of it answered.
+
+        Raises:
+            EngineError: no engine is left, too many were lost with the same group, or one refuses.
+        """
+        number, running = next(self._works), _Running(work, len(work.prompts), asyncio.Future())
+        samples = max(map(len, work.seeds))
+        self._scheduler.group_size = self._scheduler.reserve = samples  # the next group is there when one ends
+        keys = [f"{number}.{index}" for index in range(len(work.prompts))]
+        try:
+            for index, key in enumerate(keys):
+                asked = Asked(
+                    running, index, work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling
+                )
+                self._queue(key, asked, self.engines.weights.version)
+            self._send()
+            hopeless = asyncio.create_task(self.hopeless())
+            ends: set[asyncio.Future[Any]] = {running.end, hopeless}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            hopeless.cancel()
+            if not running.end.done():
+                raise hopeless.result()
+            running.end.result()
+        finally:
+            for key in keys:
+                self.forget(key)
+
+    def add(self, key: str, asked: Asked, at_least: int) -> None:
+        """One more group, for weights of some version or newer. On the loop, as `forget`."""
+        self._scheduler.group_size = self._scheduler.reserve = len(asked.seeds)
+        self._queue(key, asked, at_least)
+        self._send()
+
+    def forget(self, key: str) -> None:
+        """A group that is not wanted any more, if it is not complete; its engine is told to abort it."""
+        asked = self._groups.pop(key, None)
+        if asked is None:
+            return
+        self._scheduler.cancel(key)
+        if asked.request:
+            asked.request.cancel()
+
+    async def hopeless(self) -> EngineError:
+        """Wait until all engines are given up; returns why."""
+        await self.engines.until(lambda: all(member.gone for member in self.engines.members))
+        return self.engines.members[-1].error or EngineError("all engines are gone")
+
+    def joined(self, member: Member) -> None:
+        """See `Watcher`, as for the next two."""
+        name = _name(member)
+        if name in self._members:
+            self._scheduler.release(name, member.version)
+        else:
+            self._members[name] = member
+            self._scheduler.joined(name, self._capacity, member.version)
+        for tell in self.newer:
+            tell(member.version)
+        self._send()
+
+    def held(self, member: Member) -> None:
+        self._scheduler.hold(_name(member))
+
+    def left(self, member: Member) -> None:
+        del self._members[_name(member)]
+        for key in self._scheduler.left(_name(member)):
+            asked = self._groups[str(key)]
+            self.engines.samples_again += len(self._scheduler.groups[key].missing)
+            asked.losses += 1
+            if asked.losses > MAX_LOSSES and member.error:
+                asked.owner.fail(member.error)
+            if asked.request and asked.request is not asyncio.current_task():
+                asked.request.cancel()
+        self._send()
+
+    def _queue(self, key: str, asked: Asked, at_least: int) -> None:
+        self._groups[key] = asked
+        self._scheduler.submit(key, len(asked.prompt), len(asked.seeds), asked.max_tokens, at_least)
+
+    def _send(self) -> None:
+        for assignment in self._scheduler.assign():
+            asked = self._groups[str(assignment.key)]
+            asked.owner.sent(asked.name, self._members[assignment.engine].version)
+            asked.request = asyncio.ensure_future(self._ask(assignment, asked))
+
+    async def _ask(self, assignment: Assignment, asked: Asked) -> None:
+        key = str(assignment.key)
+        seeds = [asked.seeds[sample] for sample in assignment.samples]
+        request = Ask([asked.prompt], [seeds], [asked.max_tokens], asked.sampling, together=False)
+
+        def take(response: Response) -> None:
+            sample = assignment.samples[response.sample]
+            outcome = self._scheduler.finished(assignment.engine, key, sample, len(response.tokens))
+            if outcome == "ignored":
+                return
+            asked.there[sample] = response
+            if outcome == "complete":
+                del self._groups[key]
+                asked.owner.complete(asked.name, [asked.there[number] for number in sorted(asked.there)])
+            self._send()
+
+        try:
+            await self.engines.ask(self._members[assignment.engine], request, take)
+        except EngineLostError:
+            pass  # `left` has put the group back
+        except Exception as error:  # an engine that refuses, or a defect: who has asked is told
+            asked.owner.fail(error)
+
+
+def _name(member: Member) -> str:
+    return f"{member.name}.{member.life}"

@@ -1,0 +1,163 @@
+"""The other side of our protocol without vLLM: a server that answers by rule, and goes wrong when it is told to.
+
+    python scripted_server.py <port> <folder>
+
+A response is a function of its seed and of the weights: `[weights, seed % 50 + 3, ..., 2]`. What was asked is in
+`<folder>/<port>.asked`; a file `<folder>/<port>.fault` (`{"kind": ..., "after": responses}`) breaks the next request.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+SECONDS = 0.01
+"""Between two responses of a request."""
+
+
+def length(seed: int) -> int:
+    """Tokens of a response."""
+    return 2 + seed % 7
+
+
+def response(seed: int, weights: int, longest: int) -> dict[str, Any]:
+    """What every engine with these weights says."""
+    tokens = [weights, *[seed % 50 + 3] * (length(seed) - 2), 2][:longest]
+    stopped = tokens[-1] == 2
+    return {"tokens": tokens, "logprobs": [-0.5] * len(tokens), "finish_reason": "stop" if stopped else "length"}
+
+
+def broken(kind: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """A response that no working engine gives."""
+    changes: dict[str, dict[str, Any]] = {
+        "nan": {"logprobs": [float("nan")] * len(answer["tokens"])},
+        "few_logprobs": {"logprobs": answer["logprobs"][1:]},
+        "no_tokens": {"tokens": [], "logprobs": []},
+        "too_long": {"tokens": [5] * 99 + [2], "logprobs": [-1.0] * 100},
+        "unfinished": {"finish_reason": "abort"},
+        "early_end": {"tokens": [5, 5], "logprobs": [-1.0, -1.0], "finish_reason": "stop"},
+        "old_weights": {"weight_versions": ["-1" if answer["weight_versions"] == ["0"] else "0"]},
+        "other_sample": {"sample": answer["sample"] + 1000},
+        "positive": {"logprobs": [0.5] * len(answer["tokens"])},
+    }
+    return answer | changes[kind]
+
+
+class Engine:
+    """What the server remembers."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        self.token = os.environ.get("MEGATRON_R1_ENGINE_TOKEN", "")
+        self.fault = folder / f"{port}.fault"
+        self.asked = folder / f"{port}.asked"
+        self.weights, self.version = 0, "0"
+        self.hung = threading.Event()
+
+    def take_fault(self) -> dict[str, Any]:
+        """The fault of this request."""
+        if not self.fault.exists():
+            return {}
+        fault: dict[str, Any] = json.loads(self.fault.read_text())
+        if fault.get("times", 1) > 1:
+            self.fault.write_text(json.dumps(fault | {"times": fault["times"] - 1}))
+        else:
+            self.fault.unlink()
+        return fault
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    engine: Engine
+
+    def do_GET(self) -> None:
+        path = urlparse(self.path).path
+        if self.engine.hung.is_set():
+            time.sleep(600)
+        if path == "/health":
+            self.answer(200, {})
+        elif self.allowed():
+            self.answer(200, {"weight_version": self.engine.version})
+
+    def do_POST(self) -> None:
+        path, size = urlparse(self.path).path, int(self.headers.get("content-length", 0))
+        body = json.loads(self.rfile.read(size) or b"{}")
+        if self.engine.hung.is_set():
+            time.sleep(600)
+        if not self.allowed():
+            return
+        if path == "/megatron_r1/sample":
+            self.sample(body)
+            return
+        if path == "/update_weights":
+            self.engine.weights = int(Path(body["update_info"]["path"]).read_text())
+        if path == "/finish_weight_update":
+            self.engine.version = body["weight_version"]
+        if path == "/update_weight_version":
+            self.engine.version = body["new_version"]
+        if path == "/start_weight_update" and (fault := self.engine.take_fault()):
+            self.stop(fault["kind"])
+        self.answer(200, {"success": True})
+
+    def sample(self, body: dict[str, Any]) -> None:
+        """Our route."""
+        fault, engine = self.engine.take_fault(), self.engine
+        with engine.asked.open("a") as file:
+            file.write(json.dumps({"seeds": body["seeds"], "together": body["together"]}) + "\n")
+        self.send_response(fault.get("status", 200))
+        self.end_headers()
+        left = fault.get("after", -1)
+        for prompt, seeds in enumerate(body["seeds"]):
+            for sample, seed in enumerate(seeds):
+                time.sleep(fault.get("seconds", SECONDS))
+                said = response(seed, engine.weights, body["max_tokens"][prompt])
+                line = {"prompt": prompt, "sample": sample, **said, "weight_versions": [engine.version]}
+                if left == 0 and self.stop(fault["kind"]):
+                    return
+                text = json.dumps(broken(fault["kind"], line) if left == 0 else line)
+                self.wfile.write(text.encode() + b"\n{}\n")
+                left -= 1
+
+    def stop(self, kind: str) -> bool:
+        """Faults that leave no answer; is the request over?"""
+        if kind == "die":
+            os._exit(1)
+        if kind == "hang":
+            self.engine.hung.set()
+            time.sleep(600)
+        if kind == "malformed":
+            self.wfile.write(b'{"prompt": 0, "sam\n')
+        if kind == "error":
+            self.wfile.write(b'{"error": "RuntimeError: the core is broken"}\n')
+        return kind in ("malformed", "error", "cut")
+
+    def allowed(self) -> bool:
+        """Is the token right?"""
+        right = self.headers.get("authorization") == f"Bearer {self.engine.token}"
+        if not right:
+            self.answer(401, {})
+        return right
+
+    def answer(self, status: int, body: dict[str, Any]) -> None:
+        """All at once."""
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Silence."""
+
+
+def main() -> None:
+    Handler.engine = Engine(int(sys.argv[1]), Path(sys.argv[2]))
+    ThreadingHTTPServer.request_queue_size = 256
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Groups without end: who is told what in which order, over new weights, lost engines, and batches beside them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_r1.errors import DataError, EngineError
+from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.flow import Complete, Event, Failed, Flow, Newer, Sent
+from megatron_r1.types import Sample
+from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+from tests.rollout.scripted_server import response
+from tests.rollout.test_engine_faults import PROMPTS, Open, expected, opened, push, tokens, wait_for  # noqa: F401
+from tests.rollout.test_fleet import make_prompts
+
+N = 3
+
+
+class Told:
+    """What a flow has said so far."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.events: list[Event] = []
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            found = self.flow.events()
+            assert found, "the flow is closed"
+            self.events += found
+
+    @property
+    def complete(self) -> dict[str, list[Sample]]:
+        return {event.key: event.samples for event in self.events if isinstance(event, Complete)}
+
+    @property
+    def newest(self) -> int:
+        return max((event.version for event in self.events if isinstance(event, Newer)), default=0)
+
+
+@contextmanager
+def flowing(fleet: Fleet, at_group_borders: bool = False) -> Iterator[Told]:
+    flow = fleet.flow(at_group_borders)
+    try:
+        yield Told(flow)
+    finally:
+        flow.close()
+
+
+def seeds(number: int) -> list[int]:
+    return [100 * number + sample for sample in range(N)]
+
+
+def submit(flow: Flow, *numbers: int, at_least: int = 0) -> None:
+    for number in numbers:
+        flow.submit(f"data:{number}", [1, number + 3], seeds(number), at_least)
+
+
+def test_each_group_is_sent_then_complete_and_has_its_samples(opened: Open) -> None:  # noqa: F811
+    with flowing(opened(dispatch="continuous")) as told:
+        submit(told.flow, *range(8))
+        told.until(lambda: len(told.complete) == 8)
+    for number in range(8):
+        mine = [type(event) for event in told.events if getattr(event, "key", "") == f"data:{number}"]
+        assert mine == [Sent, Complete]
+        answers = [sample.tokens for sample in told.complete[f"data:{number}"]]
+        assert answers == [response(seed, 0, 50)["tokens"] for seed in seeds(number)]
+
+
+def test_a_group_for_newer_weights_waits_for_them(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    fleet = opened(dispatch="continuous")
+    with flowing(fleet) as told:
+        submit(told.flow, 0, at_least=1)
+        submit(told.flow, 1)
+        told.until(lambda: "data:1" in told.complete)
+        assert "data:0" not in told.complete
+        push(fleet, tmp_path, 1)
+        told.until(lambda: "data:0" in told.complete)
+    newer, sent = told.events.index(Newer(1)), told.events.index(Sent("data:0", 1))
+    assert newer < sent
+    assert {sample.weight_version for sample in told.complete["data:0"]} == {1}
+
+
+def test_in_flight_a_group_goes_on_with_new_weights(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    fleet = opened(engines=1, dispatch="continuous")
+    fleet.breaks(0, "slow", after=-1, seconds=1.0)
+    with flowing(fleet) as told:
+        submit(told.flow, 0)
+        told.until(lambda: Sent("data:0", 0) in told.events)
+        push(fleet, tmp_path, 1)
+        told.until(lambda: bool(told.complete))
+    assert told.complete["data:0"][-1].weight_version == 1
+
+
+def test_at_group_borders_the_push_returns_and_running_groups_keep_their_weights(
+    opened: Open,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
+    fleet.breaks(0, "slow", after=-1, seconds=3.0)
+    with flowing(fleet, at_group_borders=True) as told:
+        submit(told.flow, 0, 1, 2)  # one that runs, one that the engine has in reserve, one that waits
+        told.until(lambda: Sent("data:1", 0) in told.events)
+        push(fleet, tmp_path, 1)
+        push(fleet, tmp_path, 2)
+        assert not told.complete
+        told.until(lambda: len(told.complete) == 3)
+    versions = {key: [sample.weight_version for sample in samples] for key, samples in told.complete.items()}
+    assert versions == {"data:0": [0] * N, "data:1": [0] * N, "data:2": [2] * N}
+    order = [event for event in told.events if isinstance(event, Newer | Sent)]
+    assert order[2:] == [Newer(2), Sent("data:2", 2)], "the weights between were never needed"
+
+
+def test_an_engine_that_dies_costs_no_group(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    fleet = opened(dispatch="continuous")
+    fleet.breaks(0, "die", after=2)
+    with flowing(fleet) as told:
+        submit(told.flow, *range(8))
+        told.until(lambda: len(told.complete) == 8)
+        assert Counter(event.key for event in told.events if isinstance(event, Complete)).most_common(1)[0][1] == 1
+        push(fleet, tmp_path, 1)
+        wait_for(lambda: fleet.figures()["engines_ready"] == 2)
+        submit(told.flow, *range(8, 12), at_least=1)
+        told.until(lambda: len(told.complete) == 12)
+    assert fleet.figures()["engines_lost"] == 1
+
+
+def test_what_is_cancelled_is_not_answered(opened: Open) -> None:  # noqa: F811
+    fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
+    fleet.breaks(0, "slow", after=-1, seconds=1.0)
+    with flowing(fleet) as told:
+        submit(told.flow, 0, 1, 2, 3)
+        told.until(lambda: Sent("data:0", 0) in told.events)
+        told.flow.cancel(["data:0", "data:2", "data:7"])
+        told.until(lambda: len(told.complete) == 2)
+    assert set(told.complete) == {"data:1", "data:3"}
+
+
+def test_a_batch_is_answered_beside_it(opened: Open) -> None:  # noqa: F811
+    fleet = opened(dispatch="continuous")
+    with flowing(fleet) as told:
+        submit(told.flow, *range(8))
+        assert tokens(fleet.sample(PROMPTS, n=N, seed=7)) == expected(N, 7, 0)
+        told.until(lambda: len(told.complete) == 8)
+        assert 0 <= fleet.idle() <= 1
+
+
+def test_without_engines_it_fails(opened: Open) -> None:  # noqa: F811
+    fleet = opened(engines=1, dispatch="continuous", max_restarts=0)
+    fleet.breaks(0, "die")
+    with flowing(fleet) as told:
+        submit(told.flow, 0)
+        told.until(lambda: any(isinstance(event, Failed) for event in told.events))
+    [error] = [event.error for event in told.events if isinstance(event, Failed)]
+    assert isinstance(error, EngineError)
+
+
+def test_a_prompt_without_room_is_refused(opened: Open) -> None:  # noqa: F811
+    with (
+        flowing(opened(engines=1, dispatch="continuous")) as told,
+        pytest.raises(DataError, match="has 128 tokens"),
+    ):
+        told.flow.submit("data:0", [5] * 128, [1], 0)
+
+
+def test_a_response_is_of_the_old_weights_up_to_a_token_and_of_the_new_from_there(
+    fleets: tuple[Fleet, Fleet],
+    models: tuple[Path, Path],
+    reference: Callable[[Path, list[int], list[int], float], torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    """Real engines: weights come while responses run, which are computed again by them and go on."""
+    fleet = fleets[0]
+    sync = SharedMemorySync(fleet, tmp_path)
+    weights = [load_file(model / "model.safetensors") for model in models]
+    sync.push(weights[0].items(), version=0)
+    fleet.feed("continuous")
+    try:
+        prompts = {f"data:{number}": prompt for number, prompt in enumerate(make_prompts(1000, seed=5))}
+        with flowing(fleet) as told:
+            for number, (key, prompt) in enumerate(prompts.items()):  # more than can be done before the push
+                told.flow.submit(key, prompt, [10 * number, 10 * number + 1], 0)
+            told.until(lambda: bool(told.complete))
+            sync.push(weights[1].items(), version=1)
+            told.until(lambda: Newer(1) in told.events)
+            before = set(told.complete)
+            told.until(lambda: len(told.complete) >= len(before) + 40)
+            told.flow.cancel(list(prompts))
+    finally:
+        sync.push(weights[0].items(), version=2)
+        fleet.feed("batch")
+    changed = 0
+    after = [key for key in told.complete if key not in before][:40]
+    for key in after:
+        prompt = prompts[key]
+        for sample in told.complete[key]:
+            said = torch.tensor(sample.logprobs)
+            old, new = ((reference(model, prompt, sample.tokens, 1.0) - said).abs() < 1e-3 for model in models)
+            switch = int(old.int().cumprod(0).sum())
+            assert bool(new[switch:].all()), f"neither old nor new from token {switch} on"
+            changed += 0 < switch < len(said)
+            assert sample.weight_version == (0 if switch else 1)
+            spans = [(0, switch)] * (switch > 0) + [(1, len(said))] * (switch < len(said))
+            assert sample.weight_spans == spans
+    assert changed > 0, "no response was under way when the weights came"

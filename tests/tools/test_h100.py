@@ -1,0 +1,68 @@
+"""`tools/bench/h100.py` from end to end on a CPU, with a miniature; its slice's size by arithmetic."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1.model.hf_folder import read_config
+from tests.rollout.tiny_model import free_port
+
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "tools/bench"
+
+
+def run(output: Path, *options: str) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, str(BENCH / "h100.py"), "--tiny", f"--output={output}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text()), done.stdout
+
+
+def test_learners(tmp_path: Path) -> None:
+    figures, shown = run(tmp_path / "h100.json", "--parts", "learners")
+    rows = [(row["name"], row["baseline_name"]) for row in figures["results"]]
+    assert rows == [
+        ("training, BF16", "Megatron-core"),
+        ("training, BF16", "transformers"),
+        ("log-probabilities, BF16", "transformers"),
+    ]
+    for row in figures["results"]:
+        assert row["rounds"] == 2
+        assert row["share"] == pytest.approx(row["tflops"] / figures["peaks"]["bf16"])
+    training, _, scoring = figures["results"]
+    # A forward pass is a third of a step.
+    per_token = [row["tflops"] / row["ours"] for row in (training, scoring)]
+    assert per_token[0] == pytest.approx(3 * per_token[1])
+    assert figures["peaks"]["fp8"] is None
+    assert "log-probabilities, BF16" in shown
+
+
+def test_engines(tmp_path: Path) -> None:
+    figures, shown = run(tmp_path / "h100.json", "--parts", "engines", f"--port={free_port()}")
+    push, rollout = figures["results"]
+    assert (push["unit"], rollout["unit"]) == ("GB/s", "tokens/s")
+    assert push["baseline"] == figures["peaks"]["to_host"]
+    assert min(push["ours_figures"] + rollout["ours_figures"]) > 0
+    assert "LLM.generate" in shown
+
+
+def test_slice_has_true_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    import h100_slice
+
+    hf, whole = read_config(h100_slice.write(tmp_path / "slice", tiny=False, experts=16)), read_config(h100_slice.V3)
+    changed = {name for name in whole if hf[name] != whole[name]}
+    assert changed == {
+        "num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers", "vocab_size", "n_routed_experts"
+    }  # fmt: skip
+    # Of 80 GB: a dense layer of 583M, two of 187M and 44M an expert, the shared one included, and both embeddings,
+    # at 18 bytes a parameter.
+    experts = h100_slice.most_experts(hf, 80 * 10**9)
+    states = 18 * (583e6 + 2 * (187e6 + 44e6 * (experts + 1)) + 2 * 8192 * 7168)
+    assert 0.5 * 80e9 < states < h100_slice.USED * 80e9
+    with pytest.raises(SystemExit, match="10 GiB of free memory do not hold a slice"):
+        h100_slice.most_experts(hf, 10 * 2**30)

@@ -2,9 +2,24 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from megatron_r1.config.section import Section
+
+PHASES = (
+    "start",
+    "data",
+    "rollout",
+    "reward",
+    "logprobs",
+    "update",
+    "sync",
+    "validation",
+    "evaluation",
+    "checkpoint",
+    "export",
+)
+"""What runs name the parts of their steps, and what comes before the first and after the last one."""
 
 
 class _Guard(Section):
@@ -25,6 +40,13 @@ class _Guard(Section):
     deadlines: dict[str, PositiveFloat] = {}
     """The same for single phases, such as `{ update = 120, rollout = 86400 }`. The names are those of the times in
     metrics.jsonl. `start` (until the first step), `rollout`, `evaluation` and `export` have a day unless named here."""
+
+    @field_validator("deadlines")
+    @classmethod
+    def _known(cls, deadlines: dict[str, float]) -> dict[str, float]:
+        if unknown := sorted(set(deadlines) - set(PHASES)):
+            raise ValueError(f"no phase is called {', '.join(unknown)}; there are {', '.join(PHASES)}")
+        return deadlines
 
 
 class GuardSection(_Guard):

@@ -9,7 +9,16 @@ from megatron_r1.recipe.tree import reference
 
 WORKING = {"checkpoints", "logs", "tensorboard", "wandb", "cache", "sync", "heartbeats", "bad_batches"}
 """Folders of a stage that serve the run itself: to go on, to look into it, to hand weights over."""
-ABOUT = {"stage.json", "stage.toml", "lineage.json", "config.toml", "run.json", "run.log", "report.html"}
+ABOUT = {
+    "stage.json",
+    "stage.toml",
+    "lineage.json",
+    "config.toml",
+    "run.json",
+    "run.log",
+    "report.html",
+    "skipped_rows.json",
+}
 """Files of a stage that tell about the run."""
 FIGURES = {"summary.json", "results.json", "metrics.jsonl"}
 """Results that hold times, so that they differ even where nothing else does: not part of what "@stage" names."""

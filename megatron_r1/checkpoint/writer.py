@@ -62,7 +62,12 @@ class Write:
         self.folder, self._need = folder, _bytes_of_all(state)
         with self._explained():
             from_first_rank(self._make_room)
-            self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+            self._request = dist_checkpointing.save(
+                state,
+                str(folder),
+                async_sharded_save=True,
+                preprocess_common_before_consistancy_check=_compared,
+            )
         self._outcome = _Outcome({})
         arguments = self._staged(background)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")
@@ -192,3 +197,8 @@ def _refusal(error: BaseException) -> tuple[int, str]:
 
 def _in_words(size: int) -> str:
     return f"{size / 1e9:,.3f} GB"
+
+
+def _compared(common: dict[str, Any]) -> dict[str, Any]:
+    """What Megatron has all ranks compare: not the figures, as the first rank may have whole rollouts among them."""
+    return {key: value for key, value in common.items() if key != "figures"}

@@ -216,7 +216,7 @@ class RolloutSection(Section):
     """Seconds one batch of responses (`continuous`: one group) may take, or one transfer of weights."""
     stall_timeout: PositiveFloat = 120.0
     """Seconds without a sign of life after which an engine that should be answering counts as lost; engines give one
-    every few seconds, but none while they load weights."""
+    every few seconds, and none is expected while they load weights."""
     max_restarts: NonNegativeInt = 3
     """How often in a row an engine is restarted (one at an address: waited for) before it is given up. The run ends
     when all are given up; with `dispatch = "batch"`, when one is."""

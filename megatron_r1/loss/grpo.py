@@ -6,11 +6,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from megatron_r1.loss.base import LossInputs
+from megatron_r1.loss.importance import LARGEST_LOG_RATIO
 from megatron_r1.loss.policy_gradient import PolicyGradient, clipped_gain
 from megatron_r1.loss.sequences import per_sequence
-
-_LARGEST = 20.0
-"""Log-ratio of a whole output beyond which it has no gradient: its exponential overflows float32 from 88 on."""
 
 
 class Grpo(PolicyGradient):
@@ -49,6 +47,7 @@ class Grpo(PolicyGradient):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `PolicyGradient.gain`."""
         if self.config.ratio == "sequence":
-            log_ratio = per_sequence(log_ratio, inputs.segments)[inputs.segments].clamp(max=_LARGEST)
+            whole = per_sequence(log_ratio, inputs.segments)[inputs.segments]
+            log_ratio = whole.clamp(max=LARGEST_LOG_RATIO)
         low = self.config.clip_eps
         return clipped_gain(log_ratio.exp(), inputs, low, self.config.clip_eps_high or low)

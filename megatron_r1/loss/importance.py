@@ -20,8 +20,8 @@ import torch
 from megatron_r1.config.asynchrony import CorrectionSection
 from megatron_r1.loss.sequences import per_sequence
 
-_LARGEST = 20.0
-"""Log-ratio beyond which a ratio is as good as infinite; its exponential overflows float32 from 88 on."""
+LARGEST_LOG_RATIO = 20.0
+"""Beyond it a ratio is as good as infinite, and has no gradient; its exponential overflows float32 from 88 on."""
 
 
 def importance_weights(
@@ -38,7 +38,7 @@ def importance_weights(
         return torch.ones_like(log_ratio), torch.zeros_like(log_ratio, dtype=torch.bool)
     if section.kind == "sequence":
         log_ratio = per_sequence(log_ratio, segments)[segments]
-    ratio = log_ratio.clamp(max=_LARGEST).exp()
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     if section.outside == "cap":
         return ratio.clamp(max=section.cap), ratio > section.cap
     outside = (ratio < section.floor) | (ratio > section.cap)

@@ -7,9 +7,10 @@ or kills its worker scores 0, and no other sample suffers for it. Those that ask
 
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from statistics import fmean
 from types import TracebackType
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 class Judge:
     """Fills `sample.rewards`, `sample.correct` and `sample.reward`; a context manager.
+
+    Any thread may have groups scored, each in a `Sitting` of its own.
 
     Args:
         rewards: the run file's [rewards]: name -> section with `type`, `weight` (1.0) and the reward's own keys.
@@ -58,7 +61,8 @@ class Judge:
         self._workers = workers
         self._verifiers: Verifiers | None = None
         self._starting: list[Future[list[Verdict]]] = []
-        self._submitted: list[_Submitted] = []
+        self._lock = threading.RLock()
+        """Rewards that run here are called by one thread at a time."""
         self.counters: Counter[str] = Counter(verifier_timeouts=0, verifier_crashes=0)
         """Verifications that ran past the time limit, or died or raised: `failure_score` of the reward, mostly 0. Then
         what each reward counts itself, under `<reward>_<name>`."""
@@ -90,17 +94,17 @@ class Judge:
             self._verifiers = None
 
     def __call__(self, groups: Sequence[Group]) -> None:
-        """Score all samples of `groups` in place; `submit` and `finish` in one."""
+        """Score all samples of `groups` in place: a sitting from beginning to end."""
+        sitting = self.sitting()
         for group in groups:
-            self.submit(group)
-        self.finish()
+            sitting.submit(group)
+        sitting.finish()
 
-    def submit(self, group: Group) -> None:
-        """Begin to score a complete group.
+    def sitting(self) -> "Sitting":
+        """Groups that will be scored together."""
+        return Sitting(self)
 
-        Raises:
-            ConfigError: its question names a reward that the run does not have.
-        """
+    def _begin(self, group: Group) -> "_Submitted":
         names = self._applicable(group.question)
         for sample in group.samples:
             sample.rewards = dict.fromkeys(self._rewards)
@@ -109,16 +113,9 @@ class Judge:
         pending = [(chunk, self._send(chunk)) for chunk in calls]
         here = [name for name in names if name not in self._isolated and not self._rewards[name].needs_correctness]
         begun = [(name, self._rewards[name].begin(group)) for name in here]
-        self._submitted.append(_Submitted(group, names, pending, begun))
+        return _Submitted(group, names, pending, begun)
 
-    def finish(self) -> None:
-        """Wait until all that was submitted is scored.
-
-        Raises:
-            ConfigError: a question names a task that cannot be built, or a reward returns what is no score.
-            EngineError: a worker process, a sandbox or a server that a reward asks does not work.
-        """
-        submitted, self._submitted = self._submitted, []
+    def _end(self, submitted: "Sequence[_Submitted]") -> None:
         for part in submitted:
             for chunk, future in part.pending:
                 self._collect(chunk, future.result())
@@ -183,6 +180,39 @@ class Judge:
             sample.rewards[name] = value
             if value is not None and self._rewards[name].judges_correctness:
                 sample.correct = value >= 1.0 and sample.correct is not False
+
+
+class Sitting:
+    """Groups that are scored together, whatever other threads have scored meanwhile.
+
+    Args:
+        judge: scores them.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._submitted: list[_Submitted] = []
+
+    def submit(self, group: Group) -> None:
+        """Begin to score a complete group.
+
+        Raises:
+            ConfigError: its question names a reward that the run does not have.
+        """
+        with self._judge._lock:
+            self._submitted.append(self._judge._begin(group))
+
+    def finish(self) -> None:
+        """Wait until all that was submitted is scored.
+
+        Raises:
+            ConfigError: a question names a task that cannot be built, or a reward returns what is no score.
+            EngineError: a worker process, a sandbox or a server that a reward asks does not work.
+        """
+        submitted, self._submitted = self._submitted, []
+        wait([future for part in submitted for _, future in part.pending])  # before others have to wait for this
+        with self._judge._lock:
+            self._judge._end(submitted)
 
 
 def _given(sample: Sample) -> dict[str, float]:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ from megatron_r1.rollout.server import EngineLostError
 
 T = TypeVar("T")
 CLOSE_SECONDS = 5.0
+THREADS = 16
+"""For each engine: one loads weights or starts it again, the others ask for its health, for each request by itself."""
 DRAIN_SECONDS = 0.02
 """Between two looks at an engine that is to take new weights when it has done its work."""
 
@@ -87,6 +89,9 @@ class Engines:
         for member in members:
             member.version, member.ready = weights.version, True
         self._loop = asyncio.new_event_loop()
+        # By itself it has a few threads for each core, and engines would wait for one another's loads and restarts.
+        self._threads = ThreadPoolExecutor(THREADS * len(members), thread_name_prefix="fleet")
+        self._loop.set_default_executor(self._threads)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,9 +114,10 @@ class Engines:
             EngineLostError: the engine was lost.
             EngineError: it works, and refuses.
         """
-        life, first, left = member.life, member.version, sum(map(len, request.seeds))
+        life, left = member.life, sum(map(len, request.seeds))
         url, stall = member.server.url, self.section.stall_timeout
-        answers = ask(self._http, url, member.token, request, stall, lambda: (first, self.weights.version))
+        meanwhile = _Meanwhile(self, member, member.version)
+        answers = ask(self._http, url, member.token, request, stall, meanwhile)
         self._asked(member, left)
 
         async def read() -> None:
@@ -199,13 +205,15 @@ class Engines:
                 self.start(self._end()).result(CLOSE_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_SECONDS)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for member in self.members:
             member.close()
 
     async def _load(self, member: Member) -> None:
         life = member.life
         try:
-            await asyncio.to_thread(member.load, self.weights)
+            with member.asleep():
+                await asyncio.to_thread(member.load, self.weights)
         except EngineLostError as error:
             self._lose(member, life, error)
         else:
@@ -220,7 +228,7 @@ class Engines:
             while member.meter.queue and member.life == life and member.ready:
                 await asyncio.sleep(DRAIN_SECONDS)
             while member.version != self.weights.version and member.life == life and member.ready:
-                with self._counted_as_loading():
+                with self._counted_as_loading(), member.asleep():
                     await asyncio.to_thread(member.load, self.weights, late=True)
         except (EngineError, OSError) as error:
             said = error if isinstance(error, EngineError) else member.server.failure(f"failed ({error})")
@@ -295,6 +303,22 @@ class Engines:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
+
+
+@dataclass(frozen=True)
+class _Meanwhile:
+    """See `responses.Meanwhile`."""
+
+    engines: Engines
+    member: Member
+    first: int
+    """Version of the engine's weights when it was asked."""
+
+    def versions(self) -> tuple[int, int]:
+        return self.first, self.engines.weights.version
+
+    def awake(self) -> float:
+        return self.member.awake
 
 
 class _Busy:

@@ -94,8 +94,7 @@ class Flow:
 
     def cancel(self, keys: Sequence[str]) -> None:
         """Groups that are not wanted any more; what has been said of them may still be among the events."""
-        for key in keys:
-            self._engines.soon(self._refill.forget, _name(key))
+        self._engines.soon(self._refill.forget, [_name(key) for key in keys])
 
     def events(self) -> list[Event]:
         """What has happened since the last call, at least one thing; nothing once the flow is closed."""

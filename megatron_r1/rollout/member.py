@@ -1,10 +1,12 @@
 """One engine of a fleet through all its lives: its server, how to talk to it, the weights that it holds."""
 
+import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_r1.config.sections import RolloutSection
@@ -61,6 +63,8 @@ class Member:
         """Is it given up?"""
         self.error: EngineError | None = None
         """Why it was lost last."""
+        self.awake = -math.inf
+        """Since when it has not been loading weights, seconds of `time.monotonic()`; infinite while it does."""
         self.meter = Meter()
         self._section = section
         self._start = start
@@ -106,6 +110,15 @@ class Member:
         else:
             self.client.set_weight_version(weights.version)
         self.version = weights.version
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """It loads weights, and gives no sign of life."""
+        self.awake = math.inf
+        try:
+            yield
+        finally:
+            self.awake = time.monotonic()
 
     def terminate(self) -> None:
         """Ask its server to end, without waiting for it; it will not start again."""

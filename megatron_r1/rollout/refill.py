@@ -4,7 +4,7 @@ A group is one request. What an engine that is lost leaves unfinished goes to ot
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
@@ -126,8 +126,7 @@ class Refill:
                 raise hopeless.result()
             running.end.result()
         finally:
-            for key in keys:
-                self.forget(key)
+            self.forget(keys)
 
     def add(self, key: str, asked: Asked, at_least: int) -> None:
         """One more group, for weights of some version or newer. On the loop, as `forget`."""
@@ -135,14 +134,14 @@ class Refill:
         self._queue(key, asked, at_least)
         self._send()
 
-    def forget(self, key: str) -> None:
-        """A group that is not wanted any more, if it is not complete; its engine is told to abort it."""
-        asked = self._groups.pop(key, None)
-        if asked is None:
-            return
-        self._scheduler.cancel(key)
-        if asked.request:
-            asked.request.cancel()
+    def forget(self, keys: Sequence[str]) -> None:
+        """Groups that are not wanted any more, if they are not complete; engines are told to abort them."""
+        known = {key: self._groups.pop(key) for key in keys if key in self._groups}
+        for key, asked in known.items():
+            self._scheduler.cancel(key)
+            if asked.request:
+                asked.request.cancel()
+        self._send()  # others get their places
 
     async def hopeless(self) -> EngineError:
         """Wait until all engines are given up; returns why."""

@@ -1,8 +1,11 @@
 """What engines are asked over HTTP (`batch_route.py`), and their answers, checked before they are trained on."""
 
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
@@ -10,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from megatron_r1.rollout.engine import SAMPLE_PATH, Decode, Sampling
 from megatron_r1.types import Sample
 
+T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 LARGEST_LOGPROB = 1e-3
 """Above 0 by rounding."""
@@ -71,8 +75,20 @@ class Other(BaseModel):
 _LINE: TypeAdapter[Response | Other] = TypeAdapter(Annotated[Response | Other, Field(union_mode="left_to_right")])
 
 
+class Meanwhile(Protocol):
+    """What becomes of an engine while it answers."""
+
+    def versions(self) -> tuple[int, int]:
+        """Of the oldest and the newest weights that may answer by now."""
+        ...
+
+    def awake(self) -> float:
+        """Since when it has not been loading weights, seconds of `time.monotonic()`; infinite while it does."""
+        ...
+
+
 async def ask(
-    http: httpx.AsyncClient, url: str, token: str, request: Ask, stall: float, versions: Callable[[], tuple[int, int]]
+    http: httpx.AsyncClient, url: str, token: str, request: Ask, stall: float, meanwhile: Meanwhile
 ) -> AsyncGenerator[Response]:
     """Each sample of a request as soon as it is there, checked.
 
@@ -81,8 +97,8 @@ async def ask(
         url: of the engine's server.
         token: what it wants to be shown.
         request: the samples.
-        stall: seconds without a line after which the engine counts as hung.
-        versions: of the oldest and the newest weights that may answer by now.
+        stall: seconds without a line after which the engine counts as hung; those in which it loads do not count.
+        meanwhile: what is known of the engine.
 
     Raises:
         GarbageError: something is wrong with an answer.
@@ -90,21 +106,48 @@ async def ask(
     """
     missing = {(prompt, sample) for prompt, seeds in enumerate(request.seeds) for sample in range(len(seeds))}
     headers = {"Authorization": f"Bearer {token}"}
-    timeout = httpx.Timeout(stall, connect=min(stall, CONNECT_SECONDS), pool=None)
-    async with http.stream("POST", url + SAMPLE_PATH, json=request.body(), headers=headers, timeout=timeout) as answer:
+    timeout = httpx.Timeout(None, connect=min(stall, CONNECT_SECONDS))
+    post = http.build_request("POST", url + SAMPLE_PATH, json=request.body(), headers=headers, timeout=timeout)
+    answer = await _within(http.send(post, stream=True), stall, meanwhile)
+    async with aclosing(answer):
         if answer.status_code != httpx.codes.OK:
             await answer.aread()
             raise httpx.HTTPStatusError(answer.text[:500], request=answer.request, response=answer)
-        async for line in answer.aiter_lines():
+        lines = answer.aiter_lines()
+        while (line := await _within(_next(lines), stall, meanwhile)) is not None:
             if (response := _read(line)) is None:
                 continue
             if (response.prompt, response.sample) not in missing:
                 raise GarbageError(f"a sample that was not asked for, or is there already: {line[:200]}")
-            _check(response, request, *versions())
+            _check(response, request, *meanwhile.versions())
             missing.remove((response.prompt, response.sample))
             yield response
     if missing:
         raise GarbageError(f"an answer without {len(missing)} of the samples that were asked for")
+
+
+async def _next(lines: AsyncIterator[str]) -> str | None:
+    """None after the last one."""
+    return await anext(lines, None)
+
+
+async def _within(work: Coroutine[Any, Any, T], stall: float, meanwhile: Meanwhile) -> T:
+    """What the engine says next.
+
+    Raises:
+        httpx.ReadTimeout: it is silent for too long.
+    """
+    asked, task = time.monotonic(), asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            left = max(asked, meanwhile.awake()) + stall - time.monotonic()
+            if left <= 0:
+                raise httpx.ReadTimeout(f"nothing for {stall:g} s")
+            await asyncio.wait({task}, timeout=min(left, stall))
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def to_sample(response: Response, decode: Decode) -> Sample:

@@ -24,10 +24,11 @@ def scored_groups(
         phase: times "rollout", and "reward", the part of the scoring that is left when the last sample is there.
     """
     groups: dict[int, Group] = {}
+    sitting = judge.sitting()
     with phase("rollout"):
         for index, samples in stream:
             groups[index] = Group(questions[index], prompts[index], samples)
-            judge.submit(groups[index])
+            sitting.submit(groups[index])
     with phase("reward"):
-        judge.finish()
+        sitting.finish()
     return [groups[index] for index in range(len(questions))]

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from megatron_r1.config.runs import RLConfig
-from megatron_r1.model.parallel import from_first_rank
+from megatron_r1.model.parallel import is_first_rank
 from megatron_r1.rollout.admission import Admission
 from megatron_r1.seeds import stream_seed
 from megatron_r1.train.collector import Collector
@@ -101,13 +101,15 @@ class Ahead:
         return self._state
 
     def kept(self) -> dict[str, Any]:
-        """What is in flight, to be kept with a checkpoint; all ranks ask together."""
-        return from_first_rank(lambda: {IN_FLIGHT: self._feed.state() if self._feed else self._begun})
+        """What is in flight, to be kept with a checkpoint: on the first rank, which writes it, and alone needs it."""
+        if not is_first_rank():
+            return {}
+        return {IN_FLIGHT: self._feed.state() if self._feed else self._begun}
 
     def restore(self, figures: dict[str, Any]) -> None:
         """Go on from where `state` and `kept` were; or from a synchronous run's checkpoint."""
         self._deal.sources.restore(figures)
-        self._begun = figures.get(IN_FLIGHT)
+        self._begun = figures.get(IN_FLIGHT) if is_first_rank() else None
         self._state = self._deal.sources.state()
 
     def sample(self, collector: Collector, step: int) -> Rollout:

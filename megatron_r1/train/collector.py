@@ -1,6 +1,5 @@
 """Questions -> scored groups. The engine and the judge live on the first rank; every rank gets the groups."""
 
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -41,7 +40,6 @@ class Collector:
         self._config, self._tokenizer, self._report = config, tokenizer, report
         self._interruptions = interruptions
         self._stack = ExitStack()
-        self._judging = threading.Lock()
         self._version = 0
 
     def __enter__(self) -> Self:
@@ -128,8 +126,7 @@ class Collector:
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
         stream = self._fleet.stream(prompts, n=n, seed=seed, temperature=temperature)
-        with self._judging:
-            groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
+        groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
         stale = {sample.weight_version for group in groups for sample in group.samples} - {self._version}
         if stale:
             raise EngineError(f"samples come from weights {sorted(stale)}, but {self._version} was pushed last")
@@ -137,9 +134,8 @@ class Collector:
         return groups
 
     def _score(self, groups: Sequence[Group]) -> None:
-        """In another thread than `_collect`: the judge has one at a time."""
-        with self._judging:
-            self._judge(groups)
+        """In another thread than `_collect`, which may wait for the samples of an evaluation meanwhile."""
+        self._judge(groups)
         self._place_marks(groups)
 
     def _place_marks(self, groups: Sequence[Group]) -> None:

@@ -6,14 +6,11 @@ from dataclasses import replace
 import torch
 
 from megatron_r1.config.asynchrony import CorrectionSection
-from megatron_r1.loss.importance import importance_weights
+from megatron_r1.loss.importance import LARGEST_LOG_RATIO, importance_weights
 from megatron_r1.loss.policy_gradient import k3
 from megatron_r1.train.batch import MicroBatch, Minibatch, with_inputs
 from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks
 from megatron_r1.train.policy import Figures
-
-_LARGEST = 20.0
-"""Log-ratio that counts in figures, so that one token cannot make them infinite."""
 
 
 def corrected(batch: Sequence[Minibatch], section: CorrectionSection) -> tuple[list[Minibatch], Figures]:
@@ -21,7 +18,7 @@ def corrected(batch: Sequence[Minibatch], section: CorrectionSection) -> tuple[l
 
     `importance_ratio` is the mean weight before bounds, of single tokens whatever the kind; `importance_changed` the
     share of tokens whose weight a bound has changed; `mismatch_kl` KL(engine || learner), k3 estimate, nats a token;
-    `mismatch_kl_kept` the same over the tokens that no bound has touched.
+    `mismatch_kl_kept` the same over the tokens that no bound has touched, if there are any.
     """
     ratios, changes, divergences, kept = [], [], [], []
     weighted: list[Minibatch] = []
@@ -30,7 +27,7 @@ def corrected(batch: Sequence[Minibatch], section: CorrectionSection) -> tuple[l
         for micro in minibatch:
             log_ratio = _log_ratio(micro)
             weight, changed = importance_weights(log_ratio, micro.inputs.segments, section)
-            finite = log_ratio.clamp(max=_LARGEST)
+            finite = log_ratio.clamp(max=LARGEST_LOG_RATIO)  # one token cannot make the figures infinite
             divergence = k3(torch.zeros_like(finite), finite)
             weights.append(weight)
             ratios.append(finite.exp())
@@ -40,10 +37,10 @@ def corrected(batch: Sequence[Minibatch], section: CorrectionSection) -> tuple[l
         weighted.append(with_inputs(minibatch, importance=weights) if section.kind != "none" else minibatch)
     named = {"ratio": ratios, "changed": changes}
     figures = {f"importance_{name}": mean_over_ranks(values) for name, values in named.items()}
-    return weighted, figures | {
-        "mismatch_kl": mean_over_ranks(divergences),
-        "mismatch_kl_kept": mean_over_ranks(kept),
-    }
+    figures["mismatch_kl"] = mean_over_ranks(divergences)
+    if figures["importance_changed"] < 1:
+        figures["mismatch_kl_kept"] = mean_over_ranks(kept)
+    return weighted, figures
 
 
 def agreement(batch: Sequence[Minibatch], versions: Sequence[int], version: int) -> Figures:

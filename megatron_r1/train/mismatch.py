@@ -29,7 +29,7 @@ def logprob_difference(minibatches: Sequence[Minibatch]) -> Figures:
 
 
 def mean_over_ranks(values: Sequence[torch.Tensor]) -> float:
-    """Mean of all elements of all ranks' tensors; a rank may have none."""
+    """Mean of all elements of all ranks' tensors; a rank may have none, but not all ranks."""
     total = torch.zeros(2, dtype=torch.float64, device=device())
     for value in values:
         total[0] += value.double().sum()

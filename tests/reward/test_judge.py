@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -99,11 +100,27 @@ def test_correctness_comes_first() -> None:
 def test_groups_are_scored_while_others_are_awaited(judge: Judge) -> None:
     """The second group is handed in when the first has been verified, and `finish` has both."""
     first, second = group("1"), group("2", "3")
-    judge.submit(first)
-    judge._submitted[0].pending[0][1].result(timeout=60)
-    judge.submit(second)
-    judge.finish()
+    sitting = judge.sitting()
+    sitting.submit(first)
+    sitting._submitted[0].pending[0][1].result(timeout=60)
+    sitting.submit(second)
+    sitting.finish()
     assert [first.samples[0].reward, *(sample.reward for sample in second.samples)] == [1.0, 2.0, 3.0]
+
+
+def test_an_open_sitting_keeps_nobody_else_waiting(judge: Judge) -> None:
+    """An evaluation hands its groups in as they are sampled; groups to train on are scored meanwhile."""
+    evaluated, trained, last = group("1"), group("2"), group("3")
+    evaluation = judge.sitting()
+    evaluation.submit(evaluated)
+    other = threading.Thread(target=judge, args=([trained],), daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive()
+    assert (trained.samples[0].reward, evaluated.samples[0].rewards) == (2.0, {"hostile": None}), "not each other's"
+    evaluation.submit(last)
+    evaluation.finish()
+    assert [evaluated.samples[0].reward, last.samples[0].reward] == [1.0, 3.0]
 
 
 def test_none_is_left_out_of_the_sum(judge: Judge) -> None:

@@ -1,6 +1,8 @@
 """Engines that die, hang and talk nonsense, by script: every sample arrives once, from the right weights."""
 
+import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -10,16 +12,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, EngineError
+from megatron_r1.rollout.engines import Engines
 from megatron_r1.rollout.fleet import Fleet
-from megatron_r1.rollout.server import Server
+from megatron_r1.rollout.member import Member, Weights
+from megatron_r1.rollout.responses import _within
+from megatron_r1.rollout.server import RemoteServer, Server
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
 from tests.processes import command_line
@@ -193,6 +200,59 @@ def test_killed_while_it_gets_weights(opened: Open, tmp_path: Path, dispatch: st
     assert tokens(fleet.sample(PROMPTS, n=2, seed=3)) == expected(2, 3, 2)
     wait_for(lambda: fleet.figures()["engines_ready"] == 2)
     assert tokens(fleet.sample(PROMPTS, n=2, seed=4)) == expected(2, 4, 2)
+
+
+@dataclass
+class Loads:
+    """An engine that loads weights until some moment, for ever, or not at all."""
+
+    until: float
+
+    def versions(self) -> tuple[int, int]:
+        return 0, 0
+
+    def awake(self) -> float:
+        return self.until
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+def test_an_engine_may_be_silent_for_as_long_as_it_loads() -> None:
+    """The seconds that are allowed begin when it has done so."""
+    assert asyncio.run(_within(asyncio.sleep(0.3, "said"), 0.01, Loads(math.inf))) == "said"
+    loaded = time.monotonic() + 0.2
+    for until, earliest in ((-math.inf, 0.0), (loaded, loaded + 0.01)):
+        with pytest.raises(httpx.ReadTimeout):
+            asyncio.run(_within(never(), 0.01, Loads(until)))
+        assert time.monotonic() >= earliest
+
+
+def test_all_engines_load_at_the_same_time(tmp_path: Path) -> None:
+    """Each load ends when all have begun; there are more engines than a loop has threads by itself."""
+    count = 48
+    together = threading.Barrier(count, timeout=60)
+
+    class Loading(Member):
+        def __init__(self, number: int) -> None:
+            start = lambda: RemoteServer(f"http://127.0.0.1:{number + 1}")  # noqa: E731
+            super().__init__(f"engine-{number}", rollout_section(1), start, "token")
+
+        def load(self, weights: Weights, late: bool = False) -> None:
+            together.wait()
+            assert self.awake == math.inf, "nobody waits for a sign of life"
+            self.version = weights.version
+
+    file = tmp_path / "weights"
+    file.write_text("1")
+    engines = Engines([Loading(number) for number in range(count)], rollout_section(1), Weights(0))
+    try:
+        engines.start(engines.update_weights(file, 1)).result(60)
+        assert {member.version for member in engines.members} == {1}
+        assert all(member.awake <= time.monotonic() for member in engines.members)
+    finally:
+        engines.close()
 
 
 def test_one_that_comes_back_after_a_push_has_its_weights(opened: Open, tmp_path: Path) -> None:

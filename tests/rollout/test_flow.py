@@ -141,6 +141,19 @@ def test_what_is_cancelled_is_not_answered(opened: Open) -> None:  # noqa: F811
     assert set(told.complete) == {"data:1", "data:3"}
 
 
+def test_what_is_cancelled_makes_room_for_what_waits(opened: Open) -> None:  # noqa: F811
+    """The engine has two groups, and would have them for ever."""
+    fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
+    fleet.breaks(0, "slow", after=-1, seconds=600.0, times=2)
+    with flowing(fleet) as told:
+        submit(told.flow, 0, 1, 2)
+        told.until(lambda: {Sent("data:0", 0), Sent("data:1", 0)} <= set(told.events))
+        wait_for(lambda: len(fleet.asked(0)) == 2)
+        told.flow.cancel(["data:0", "data:1"])
+        told.until(lambda: bool(told.complete))
+    assert set(told.complete) == {"data:2"}
+
+
 def test_a_batch_is_answered_beside_it(opened: Open) -> None:  # noqa: F811
     fleet = opened(dispatch="continuous")
     with flowing(fleet) as told:

@@ -50,6 +50,14 @@ def test_weights_and_what_they_are_like(batch: list[list[MicroBatch]]) -> None:
     assert figures["mismatch_kl_kept"] == pytest.approx((sum(divergences) - (2 - math.log(3))) / 5, rel=1e-4)
 
 
+def test_where_every_token_is_out_of_bounds_none_is_kept(batch: list[list[MicroBatch]]) -> None:
+    section = CorrectionSection(kind="token", outside="drop", floor=10.0, cap=20.0)
+    _, figures = corrected(batch, section)
+    assert figures["importance_changed"] == 1
+    assert figures["mismatch_kl"] > 0
+    assert "mismatch_kl_kept" not in figures
+
+
 def test_without_correction_there_are_figures_and_no_weights(batch: list[list[MicroBatch]]) -> None:
     weighted, figures = corrected(batch, CorrectionSection())
     assert all(one.inputs.importance is None for minibatch in weighted for one in minibatch)

@@ -32,7 +32,8 @@ from megatron_r1.errors import UserError
 from megatron_r1.report.journal import Row, read
 
 UNDISTURBED, KILLED = "undisturbed", "killed"
-TIMES = ("elapsed", "seconds", "tokens_per_second", "tflops", "mfu", "memory_peak_max")
+TIMES = ("elapsed", "seconds", "tokens_per_second", "tflops", "mfu", "memory_peak_max", "learner_idle")
+TIMED = ("seconds/", "sync_seconds/", "fleet_")
 """What tells time or place in a row of metrics.jsonl, and so differs."""
 AVERAGED = 50
 """Steps whose mean loss stands in the table."""
@@ -179,7 +180,7 @@ def judged(rows: list[Row]) -> list[Row]:
 
 def timeless(row: Row | None) -> Row | None:
     """A row without what tells time."""
-    return row and {key: value for key, value in row.items() if key not in TIMES and not key.startswith("seconds/")}
+    return row and {key: value for key, value in row.items() if key not in TIMES and not key.startswith(TIMED)}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -24,6 +24,10 @@ METRICS = {
     "reward": Metric("Reward", "reward"),
     "learner_idle": Metric("Learner idle", "wait", "percent"),
     "fleet_idle": Metric("Fleet idle", "idle fleet", "percent"),
+    "fleet_engines_ready": Metric("Engines ready", "engines", "count"),
+    "fleet_engines_lost": Metric("Engines lost so far", "lost", "count"),
+    "fleet_engines_returned": Metric("Engines returned so far", "returned", "count"),
+    "fleet_samples_again": Metric("Samples asked again so far", "again", "count"),
     "importance_changed": Metric("Importance weights bounded", "bounded", "percent"),
     "accuracy": Metric("Accuracy", "acc", "percent"),
     "format": Metric("Format", "format", "percent"),
@@ -67,13 +71,18 @@ CONSOLE = (
 """What the console shows, in this order, of the metrics that a run has."""
 
 
+MANY = 8
+"""Curves of a chart that can be told apart."""
+
+
 @dataclass(frozen=True)
 class ChartPlan:
     """A chart of report.html: it appears when the run has one of its metrics."""
 
     title: str
     metrics: tuple[str, ...]
-    """Names; one that ends in `/` stands for all names that start with it."""
+    """Names; one that ends in `/` stands for all names that start with it. More than `MANY` of these are shown as the
+    least, the median and the most of them."""
     note: str = ""
     log: bool = False
 
@@ -112,6 +121,21 @@ CHARTS = (
     ChartPlan("Idle experts", ("idle_experts",), "share of experts without a token in a step"),
     ChartPlan("Staleness", ("staleness/",), "share of a step's groups by the age of their weights, steps"),
     ChartPlan("Idle", ("learner_idle", "fleet_idle"), "share of the time"),
+    ChartPlan("Tokens per second of an engine", ("fleet_tokens_per_s/",), "while it had something to do"),
+    ChartPlan(
+        "Queue of an engine",
+        ("fleet_outstanding_tokens/",),
+        "tokens that it has still to make, as its responses are long on average; mean while it had something to do",
+    ),
+    ChartPlan("Weights of an engine", ("fleet_weights/",), "version at the end of the step"),
+    ChartPlan(
+        "Engines", ("fleet_engines_ready", "fleet_engines_lost", "fleet_engines_returned"), "lost and returned: so far"
+    ),
+    ChartPlan(
+        "Handing over weights",
+        ("sync_seconds/",),
+        "seconds of a step: gather them, write or send them; engines hold, load, resume (mean over engines)",
+    ),
     ChartPlan(
         "Engine and learner", ("mismatch_kl", "mismatch_kl_kept"), "KL(engine || learner), nats per token", log=True
     ),

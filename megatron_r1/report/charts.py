@@ -1,11 +1,12 @@
 """From the rows of `metrics.jsonl` to what report.html draws: plotly traces, headline figures, phase shares."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal, TypeGuard
 
-from megatron_r1.report.catalogue import CHARTS, ChartPlan, Style, duration, label, show, show_as
+from megatron_r1.report.catalogue import CHARTS, MANY, ChartPlan, Style, duration, label, show, show_as
 from megatron_r1.report.journal import Row
 from megatron_r1.report.metrics import MAX, RESERVED
 
@@ -149,13 +150,30 @@ def phase_chart(rows: Sequence[Row], order: Sequence[str]) -> Chart | None:
 
 def _chart(id_: str, plan: ChartPlan, curves: Sequence[Series]) -> Chart:
     traces = []
+    prefix = next((name for name in plan.metrics if name.endswith("/") and len(plan.metrics) == 1), "")
+    if prefix and len(curves) > MANY:
+        curves = _spread(curves, prefix)
     for colour, curve in enumerate(curves):
-        text = label(curve.name)
+        text = label(curve.name.removeprefix(prefix))
         if curve.kind == "evaluation" and len({other.kind for other in curves if other.name == curve.name}) > 1:
             text += " (evaluation)"
         traces.extend(_traces(curve, text, colour))
-    percent = plan.title in ("Accuracy", "Format", "Clipped and truncated")
+    percent = plan.title in ("Accuracy", "Format", "Clipped and truncated", "Idle")
     return Chart(id_, plan.title, plan.note, plan.log, traces, percent=percent)
+
+
+def _spread(curves: Sequence[Series], prefix: str) -> list[Series]:
+    """Least, median and most of all curves at each step."""
+    at: dict[float, list[float]] = {}
+    for curve in curves:
+        for step, value in zip(curve.steps, curve.values, strict=True):
+            at.setdefault(step, []).append(value)
+    steps = sorted(at)
+    kinds: dict[str, Callable[[list[float]], float]] = {"most": max, "median": median, "least": min}
+    return [
+        Series(f"{prefix}{name} of {len(curves)}", "step", steps, [of(at[step]) for step in steps])
+        for name, of in kinds.items()
+    ]
 
 
 def _traces(curve: Series, text: str, colour: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from megatron_r1 import __version__
+from megatron_r1.report import timeline
 from megatron_r1.report.catalogue import duration
 from megatron_r1.report.charts import Chart, cards, collect, draw, phase_chart, phase_shares
 from megatron_r1.report.journal import Row, read, replace_text
@@ -47,6 +48,7 @@ def render(output: Path) -> Path:
             more=more,
             shares=shares,
             phases=phases,
+            timeline=timeline.draw(read(output / timeline.FILE)),
             data=[_data(chart) for chart in (*main, *more, *([phases] if phases else []))],
             pairs=pairs,
             singles=singles,

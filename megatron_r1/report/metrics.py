@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from megatron_r1.report.spans import LEARNER, SPANS
+
 RESERVED = ("kind", "step", "elapsed", "seconds", "phase")
 SUM = "sum/"
 MAX = "_max"
@@ -69,6 +71,7 @@ class PhaseClock:
         now = time.monotonic()
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
+            SPANS.add(LEARNER, self._open[-1], self._since, now)
         self._since = now
 
 

@@ -9,11 +9,15 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from megatron_r1.errors import ConfigError
 
 PREFIX = "megatron_r1_"
+BY_ENGINE = "fleet_"
 _FOREIGN = re.compile(r"[^a-zA-Z0-9_]")
 
 
 class Prometheus:
     """Gauges named `megatron_r1_<metric>` with the label `run`; what Prometheus has no letters for becomes `_`.
+
+    Figures of single engines, `fleet_<what>/<engine>`, are one gauge `megatron_r1_fleet_<what>` that has the label
+    `engine`, too.
 
     Args:
         address: of this machine, that is listened at.
@@ -35,10 +39,12 @@ class Prometheus:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """These replace those of the step before; others stay."""
         for name, value in {"step": step, **figures}.items():
-            safe = PREFIX + _FOREIGN.sub("_", name)
+            what, _, engine = name.partition("/") if name.startswith(BY_ENGINE) else (name, "", "")
+            labels = {"run": self._run} | ({"engine": engine} if engine else {})
+            safe = PREFIX + _FOREIGN.sub("_", what)
             if safe not in self._gauges:
-                self._gauges[safe] = Gauge(safe, name, ["run"], registry=self._registry)
-            self._gauges[safe].labels(self._run).set(value)
+                self._gauges[safe] = Gauge(safe, what, list(labels), registry=self._registry)
+            self._gauges[safe].labels(**labels).set(value)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """A run that has ended has no endpoint."""

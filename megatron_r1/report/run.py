@@ -11,7 +11,8 @@
         report.summary({"heldout_accuracy_final": 0.8})
 
 What it leaves in the run directory: `metrics.jsonl` (kind = "step", "evaluation" or "phase"), `samples.jsonl`,
-`run.log`, `run.json`, `config.toml`, `tensorboard/`, `wandb/`, and at the end `summary.json` and `report.html`.
+`timeline.jsonl`, `run.log`, `run.json`, `config.toml`, `tensorboard/`, `wandb/`, and at the end `summary.json` and
+`report.html`.
 """
 
 import json
@@ -25,12 +26,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_r1.config.sections import ReportSection
+from megatron_r1.report import timeline
 from megatron_r1.report.catalogue import show
 from megatron_r1.report.console import Display, Lines, Silent, open_display
 from megatron_r1.report.html import render
 from megatron_r1.report.journal import Journal, replace_text
 from megatron_r1.report.metrics import Metrics, PhaseClock, check_names
 from megatron_r1.report.samples import Pieces, sample_rows
+from megatron_r1.report.spans import SPANS, Span, sync_seconds
 from megatron_r1.report.summary import SUMMARY, write_summary
 from megatron_r1.report.trackers import Tracker, open_trackers
 from megatron_r1.types import Group
@@ -66,6 +69,8 @@ class Report:
         self._total_steps, self._resume_step = total_steps, resume_step
         self._metrics, self._clock = Metrics(), PhaseClock()
         self._step = resume_step
+        self._between: list[Span] = []
+        """What went on since the step before."""
         self._in_step = self._rendered = False
         self._displays: list[Display] = [Silent()]
         self._trackers: list[Tracker] = []
@@ -88,6 +93,7 @@ class Report:
         replace_text(self.output / "run.json", json.dumps(run) + "\n")
         self._journal = self._stack.enter_context(Journal(self.output / "metrics.jsonl", self._resume_step))
         self._samples = self._stack.enter_context(Journal(self.output / "samples.jsonl", self._resume_step))
+        self._timeline = self._stack.enter_context(Journal(self.output / timeline.FILE, self._resume_step))
         earlier = max((row.get("elapsed") or 0.0 for row in self._journal.kept), default=0.0)
         self._start = time.monotonic() - earlier
         config = tomllib.loads(self._config_toml)
@@ -116,16 +122,20 @@ class Report:
         """Time one step and, if it ends well, record what was added during it (or since the step before)."""
         self._step, self._in_step = step, True
         self._begin("")
+        self._between = SPANS.take()
         start = time.monotonic()
         try:
             yield
         finally:
             self._in_step = False
         if self.enabled:
-            self._finish_step(step, time.monotonic() - start)
+            self._finish_step(step, start)
 
-    def _finish_step(self, step: int, seconds: float) -> None:
-        figures, phases = self._metrics.take(), self._clock.take()
+    def _finish_step(self, step: int, start: float) -> None:
+        seconds = time.monotonic() - start
+        phases, spans = self._clock.take(), SPANS.take()
+        figures = self._metrics.take() | sync_seconds(spans)
+        self._timeline.append(timeline.row(step, [*self._between, *spans], start, self._start))
         spent = {f"seconds/{name}": round(value, 6) for name, value in phases.items()}
         row = {"kind": "step", "step": step, "elapsed": self._elapsed(), "seconds": round(seconds, 6)}
         self._journal.append({**row, **spent, **figures})

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from megatron_r1.errors import EngineError
+from megatron_r1.report.spans import span
 from megatron_r1.rollout.server import EngineLostError, RemoteServer, Server
 
 HEALTH_SECONDS = 5.0
@@ -17,6 +18,16 @@ CONTROL_SECONDS = 60.0
 """Deadline of a control call (pause, resume, cache reset)."""
 POLL_SECONDS = 0.25
 PROGRESS_SECONDS = 15.0
+
+SPANS = {
+    "/pause": "hold",
+    "/start_weight_update": "load",
+    "/update_weights": "load",
+    "/finish_weight_update": "load",
+    "/reset_prefix_cache": "resume",
+    "/resume": "resume",
+}
+"""What a call counts as in the timeline of a run."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +97,7 @@ class Client:
         self._http.close()
 
     def _call(self, method: str, path: str, timeout: float, **request: Any) -> dict[str, Any]:
-        with self._failures(path, timeout):
+        with self._failures(path, timeout), span(SPANS.get(path, "")):
             response = self._http.request(method, path, timeout=timeout, **request)
         if response.status_code != httpx.codes.OK:
             raise self._refused(path, response.status_code, response.text)

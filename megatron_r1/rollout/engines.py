@@ -21,6 +21,7 @@ import httpx
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
+from megatron_r1.report.spans import lane
 from megatron_r1.rollout.client import HEALTH_SECONDS
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.member import Member, Weights
@@ -126,7 +127,7 @@ class Engines:
                 async for response in answers:
                     left -= 1
                     self._asked(member, -1)
-                    member.meter.tokens += len(response.tokens)
+                    member.meter.answered(len(response.tokens))
                     take(response)
 
         try:
@@ -186,14 +187,14 @@ class Engines:
         return 1 - self._busy.mean() / len(self.members)
 
     async def figures(self) -> dict[str, float]:
-        """Counts since the fleet began; of each engine, tokens/s and mean queue while busy, since the last call."""
+        """Counts since the fleet began; of each engine its weights, and what its meter says (`Meter.figures`)."""
         counts = {
             "engines_ready": float(sum(member.ready for member in self.members)),
             "engines_lost": float(self.lost),
             "engines_returned": float(self.returned),
             "samples_again": float(self.samples_again),
         }
-        by_engine = ((member.name, member.meter.figures()) for member in self.members)
+        by_engine = ((one.name, one.meter.figures() | {"weights": float(one.version)}) for one in self.members)
         return counts | {f"{engine}/{name}": value for engine, found in by_engine for name, value in found.items()}
 
     def close(self) -> None:
@@ -212,7 +213,7 @@ class Engines:
     async def _load(self, member: Member) -> None:
         life = member.life
         try:
-            with member.asleep():
+            with member.asleep(), lane(member.name):
                 await asyncio.to_thread(member.load, self.weights)
         except EngineLostError as error:
             self._lose(member, life, error)
@@ -228,7 +229,7 @@ class Engines:
             while member.meter.queue and member.life == life and member.ready:
                 await asyncio.sleep(DRAIN_SECONDS)
             while member.version != self.weights.version and member.life == life and member.ready:
-                with self._counted_as_loading(), member.asleep():
+                with self._counted_as_loading(), member.asleep(), lane(member.name):
                     await asyncio.to_thread(member.load, self.weights, late=True)
         except (EngineError, OSError) as error:
             said = error if isinstance(error, EngineError) else member.server.failure(f"failed ({error})")

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ class Fleet:
         self.section = section
         self.version = version
         """Version of the weights that the next responses come from."""
+        self.updated = 0.0
+        """When engines were last told to take new weights, seconds of `time.monotonic()`."""
         self._model, self._run_dir, self._dtype, self._decode = model, run_dir, dtype, decode
         self._stop_token_ids = stop_token_ids(model)
         self._token = _token(section)
@@ -158,6 +161,7 @@ class Fleet:
 
     def update_weights(self, path: Path, version: int) -> None:
         """See `Engine.update_weights`; every server reads the same file, and the fleet keeps it open for later ones."""
+        self.updated = time.monotonic()
         self._running.start(self._running.update_weights(path, version)).result()
         self.version = version
 

@@ -139,7 +139,9 @@ class Meter:
     def __init__(self) -> None:
         self.queue = 0
         """Samples that it was asked for and has not given."""
-        self.tokens = 0
+        self._tokens = self._responses = 0
+        self._length = 0.0
+        """Mean tokens of a response when there was one last."""
         self._busy = self._queued = 0.0
         self._since = time.monotonic()
 
@@ -152,10 +154,21 @@ class Meter:
         self._since = now
         self.queue += samples
 
+    def answered(self, tokens: int) -> None:
+        """A sample of so many is there."""
+        self._tokens += tokens
+        self._responses += 1
+
     def figures(self) -> dict[str, float]:
-        """Tokens/s and mean queue while it had something to do, since the last call."""
+        """While it had something to do, since the last call: tokens/s, and means of the samples that were awaited
+        (`queue`) and of the tokens of so many samples (`outstanding_tokens`).
+        """
         self.asked(0)
         busy = self._busy or 1.0
-        found = {"tokens_per_s": self.tokens / busy, "queue": self._queued / busy}
-        self.tokens, self._busy, self._queued = 0, 0.0, 0.0
+        if self._responses:
+            self._length = self._tokens / self._responses
+        queue = self._queued / busy
+        found = {"tokens_per_s": self._tokens / busy, "queue": queue, "outstanding_tokens": queue * self._length}
+        self._tokens = self._responses = 0
+        self._busy = self._queued = 0.0
         return found

@@ -126,7 +126,7 @@ class Ahead:
             waited = time.perf_counter() - tick
             here.append(taken)
             parts = [(group.prompt_tokens, group.samples) for group in taken.groups]
-            return taken.keys, parts, self._figures(collector, taken, step, waited), self._totals()
+            return taken.keys, parts, self._figures(taken, step, waited), self._totals()
 
         keys, parts, figures, self._state = collector.at_first_rank(take)
         # Every rank has the questions, and those of code bring megabytes of tests.
@@ -161,7 +161,7 @@ class Ahead:
         shares = {f"groups_staleness_{age}": count / groups for age, count in sorted(ages.items())}
         return self._deal.sources.state() | {"groups_not_trained_on": float(self._admission.dropped)} | shares
 
-    def _figures(self, collector: Collector, taken: Taken, step: int, waited: float) -> Figures:
+    def _figures(self, taken: Taken, step: int, waited: float) -> Figures:
         samples = [sample for group in taken.groups for sample in group.samples]
         ages = Counter(step - min(sample.weight_version for sample in group.samples) for group in taken.groups)
         figures = {f"staleness/{age}": count / len(taken.groups) for age, count in sorted(ages.items())}
@@ -170,7 +170,6 @@ class Ahead:
             "staleness": sum(age * count for age, count in ages.items()) / len(taken.groups),
             "stale_tokens": sum(_older(sample, step) for sample in samples) / tokens,
             "learner_idle": waited / max(time.perf_counter() - self._returned, waited, 1e-9),
-            "fleet_idle": collector.idle(),
         }
         if self._config.dynamic_sampling:
             replaced = len(taken.replaced)

@@ -1,7 +1,9 @@
 """Questions -> scored groups. The engine and the judge live on the first rank; every rank gets the groups."""
 
+import math
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import accumulate
 from types import TracebackType
@@ -14,6 +16,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
 from megatron_r1.model.parallel import consumed_by_first_rank, from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
+from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
@@ -55,7 +58,7 @@ class Collector:
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Give the engines the policy's weights."""
         with self._report.phase("sync"):
-            consumed_by_first_rank(lambda tensors: self._sync.push(tensors, version), iter(named_tensors))
+            consumed_by_first_rank(lambda tensors: self._push(tensors, version), iter(named_tensors))
         self._version = version
 
     def collect(
@@ -99,9 +102,15 @@ class Collector:
         """On the first rank: it ends with the collector."""
         return self._stack.enter_context(feed)
 
-    def idle(self) -> float:
-        """On the first rank: share of the time since the last call in which engines had nothing to do."""
-        return self._fleet.idle()
+    def fleet_figures(self) -> dict[str, float]:
+        """On the first rank, since the last call: `fleet_idle`, the share of the time in which an engine had nothing to
+        do, and `fleet_<what>/<engine>`; elsewhere nothing.
+        """
+        if not is_first_rank():
+            return {}
+        parts = [(name.rpartition("/"), value) for name, value in self._fleet.figures().items()]
+        named = {f"fleet_{what}" + (f"/{engine}" if engine else ""): value for (engine, _, what), value in parts}
+        return {"fleet_idle": self._fleet.idle(), **named}
 
     def _open(self) -> None:
         config = self._config
@@ -122,6 +131,19 @@ class Collector:
             self._sync = open_sync(config.rollout, self._fleet, config.output / "sync")
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
+
+    def _push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        began, gathered = time.monotonic(), math.inf
+
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal gathered
+            yield from tensors
+            gathered = time.monotonic()
+            SPANS.add(SYNC, "gather", began, gathered)
+
+        self._sync.push(noted(), version)
+        if gathered < self._fleet.updated:  # else tensors go out one by one as they are gathered
+            SPANS.add(SYNC, "write", gathered, self._fleet.updated)
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]

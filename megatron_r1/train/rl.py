@@ -124,7 +124,7 @@ class _Training:
             collector.push(learner.export(), version=step + 1)  # pi_old <- pi_theta
             if learner.reference and learner.reference.refresh(step + 1):
                 report.message(f"reference := policy after step {step + 1}")
-            report.add(figures | estimated | memory.peak())
+            report.add(figures | estimated | memory.peak() | collector.fleet_figures())
             counters = {name: self._earlier.get(name, 0.0) + count for name, count in collector.counters.items()}
             report.set(counters)
             self._carried = _with_mean_difference(self._carried, figures, step) | learner.rollouts.state() | counters

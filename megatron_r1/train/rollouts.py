@@ -90,6 +90,7 @@ class Rollouts:
     def __init__(self, config: RLConfig, exclude: frozenset[str]) -> None:
         self._config = config
         self._sources = Sources(config, exclude)
+        self._returned: float | None = None
 
     def state(self) -> Figures:
         """How many questions were drawn so far, to be kept with a checkpoint."""
@@ -132,7 +133,11 @@ class Rollouts:
             sampled += groups
         chosen = [group for source, count in wanted.items() for group in (kept[source] + dropped[source])[:count]]
         figures = self._figures(dropped, len(sampled) / len(chosen))
-        return Rollout(chosen, sampled, figures, time.perf_counter() - tick)
+        before, self._returned = self._returned, time.perf_counter()
+        seconds = self._returned - tick
+        if before is not None:
+            figures["learner_idle"] = seconds / (self._returned - before)
+        return Rollout(chosen, sampled, figures, seconds)
 
     def _figures(self, dropped: dict[str, list[Group]], effort: float) -> Figures:
         if not self._config.dynamic_sampling:

@@ -27,7 +27,8 @@ SUM = {
 }
 QUESTIONS = {"template": "r1_zero_short", "task": SUM}
 QUIET = {"tensorboard": False}
-TIMES = ("elapsed", "seconds", "tokens_per_second", "tflops", "memory_peak_max")
+TIMES = ("elapsed", "seconds", "tokens_per_second", "tflops", "memory_peak_max", "learner_idle")
+TIMED = ("seconds/", "sync_seconds/", "fleet_")
 
 
 def generate(folder: Path) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def rows(output: Path, kind: str = "step") -> list[dict[str, Any]]:
     """The metrics of one kind, without what tells time."""
     parsed = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in row.items() if key not in TIMES and not key.startswith("seconds/")}
+        {key: value for key, value in row.items() if key not in TIMES and not key.startswith(TIMED)}
         for row in parsed
         if row["kind"] == kind
     ]

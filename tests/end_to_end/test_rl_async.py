@@ -1,5 +1,6 @@
 """Reinforcement learning that samples while it trains, with a real engine: killed, resumed, nothing skipped."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,13 @@ def test_killed_and_resumed_every_question_is_trained_on_once(prepared: Path, tm
     assert runs.is_free(port)
     found = rows(output)
     assert [row["step"] for row in found] == [0, 1, 2, 3]
+    idle = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for row in [one for one in idle if one["kind"] == "step"]:
+        assert 0 <= row["learner_idle"] <= 1
+        assert 0 <= row["fleet_idle"] <= 1
     for row in found:
         shares = [row.get(f"staleness/{age}", 0.0) for age in (0, 1)]
         assert sum(shares) == pytest.approx(1), "older than allowed"
-        assert 0 <= row["learner_idle"] <= 1
-        assert 0 <= row["fleet_idle"] <= 1
         assert 0.5 < row["importance_ratio"] < 2
     assert any(row["staleness"] > 0 for row in found), "nothing was sampled while the learner trained"
     assert found[0]["logprob_difference_mean"] < 1e-5

@@ -34,6 +34,20 @@ def test_a_long_series_is_thinned_and_keeps_its_maximum():
     assert max(traces["Trainer and rollout"]["y"]) == 1.0
 
 
+def test_engines_have_a_curve_each_or_are_summarised():
+    names = [f"fleet_tokens_per_s/engine-{number}" for number in range(9)]
+    few, _ = draw(collect([step(0, **dict.fromkeys(names[:8], 1.0))]))
+    assert [trace["name"] for trace in few[0].traces] == [f"engine-{number}" for number in range(8)]
+    rows = [step(at, **{name: float(at + number) for number, name in enumerate(names)}) for at in (0, 10)]
+    [chart], more = draw(collect(rows))
+    assert {trace["name"]: trace["y"] for trace in chart.traces} == {
+        "most of 9": [8.0, 18.0],
+        "median of 9": [4.0, 14.0],
+        "least of 9": [0.0, 10.0],
+    }
+    assert more == []
+
+
 def test_cards_prefer_the_summary():
     rows = [
         {"kind": "evaluation", "step": 0, "elapsed": 1.0, "heldout_accuracy": 0.1, "heldout_format": 0.2},

@@ -74,12 +74,17 @@ def test_prometheus_fetches_the_newest_step(open_report):
     with open_report(section={"prometheus_port": port}) as report:
         for step, value in ((0, 1.0), (1, 2.5)):
             with report.step(step):
-                report.add({"loss": value, "accuracy/sums-2": 0.5})
+                report.add({"loss": value, "accuracy/sums-2": 0.5, "fleet_idle": 0.25})
+                report.add({"fleet_weights/engine-0": step, "fleet_weights/engine-1": step - 1})
         families = text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").text)
-        found = {sample.name: sample for family in families for sample in family.samples}
+        samples = [sample for family in families for sample in family.samples]
+        found = {sample.name: sample for sample in samples}
         with pytest.raises(ConfigError, match="prometheus_port"), open_report(section={"prometheus_port": port}):
             pass
     assert (found["megatron_r1_step"].value, found["megatron_r1_loss"].value) == (1, 2.5)
+    weights = {one.labels["engine"]: one.value for one in samples if one.name == "megatron_r1_fleet_weights"}
+    assert weights == {"engine-0": 1, "engine-1": 0}
+    assert found["megatron_r1_fleet_idle"].labels == {"run": report.output.name}
     assert found["megatron_r1_accuracy_sums_2"].labels == {"run": report.output.name}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/metrics")

@@ -47,9 +47,6 @@ class Fed(Answering):
         self.flow.version = self._version
         return Service(self.flow, lambda question: [5, 6, 7], seeds, self.score)
 
-    def idle(self) -> float:
-        return 0.25
-
     def answer(self, key: str, version: int) -> list[Sample]:
         if self.signal_at == version:
             type(self).signal_at = None

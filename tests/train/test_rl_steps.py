@@ -67,6 +67,9 @@ class Answering(Collector):
     def counters(self) -> dict[str, int]:
         return {}
 
+    def fleet_figures(self) -> dict[str, float]:
+        return {"fleet_idle": 0.25}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.manifest import Manifest
-from megatron_r1.compat.megatron_checkpoint import keep_results_in_process
+from megatron_r1.compat.megatron_checkpoint import SaveStrategy, keep_results_in_process
 from megatron_r1.errors import DataError
 from megatron_r1.model.parallel import device, from_first_rank
 
@@ -65,6 +65,7 @@ class Write:
             self._request = dist_checkpointing.save(
                 state,
                 str(folder),
+                SaveStrategy(),
                 async_sharded_save=True,
                 preprocess_common_before_consistancy_check=_compared,
             )

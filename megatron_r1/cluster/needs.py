@@ -2,8 +2,8 @@
 
     megatron-r1 rl run.toml --dry-run | python -m megatron_r1.cluster.needs --gpus-per-node=8
 
-The run file alone says how many nodes there have to be: [parallel] those of the trainer, `engines` and their arguments
-those of the rollout fleet.
+The run file alone says how many nodes there have to be: [parallel] those of the trainer; `engines`, their arguments and
+[reward_models] those of the fleet.
 """
 
 import argparse
@@ -14,12 +14,15 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_r1.config.engine_arguments import ranks
+from megatron_r1.config.engine_arguments import PLACEMENT, by_name, ranks
 from megatron_r1.config.evaluation import NucleusSection
+from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import ParallelSection
 from megatron_r1.errors import ConfigError, UserError
+
+S = TypeVar("S", NucleusSection, RewardModelServerSection)
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,33 @@ class Engine:
     """One vLLM server that a run file asks for."""
 
     key: str
-    """Of the run file, under which the run looks for addresses: `rollout.addresses`."""
+    """Of the run file, under which the run looks for addresses: `rollout.addresses`, `reward_models.safe.address`."""
     index: int
     """Among those of that key."""
     model: Path
     dtype: str
-    section: NucleusSection
+    section: NucleusSection | RewardModelServerSection
 
     @property
     def gpus(self) -> int:
         """That it runs on."""
         return math.prod(ranks(self.section.arguments))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one node runs of an engine: all of it, or its share of one that spans nodes."""
+
+    engine: Engine
+    rank: int = 0
+    """Among the parts, which are on neighbouring nodes; 0 is the head, which alone answers requests."""
+    nodes: int = 1
+    """Parts that the engine has."""
+
+    @property
+    def gpus(self) -> int:
+        """Of the node."""
+        return self.engine.gpus // self.nodes
 
 
 @dataclass(frozen=True)
@@ -52,8 +71,8 @@ class Needs:
     """Of the trainer; 1 of a verb that trains nothing."""
     processes: int
     """Of the trainer on each of them."""
-    fleet: list[list[Engine]]
-    """Engines of each node of the fleet."""
+    fleet: list[list[Part]]
+    """What each node of the fleet runs."""
 
     def assignments(self) -> str:
         """For a shell."""
@@ -72,10 +91,10 @@ def needs(run: dict[str, Any], gpus_per_node: int) -> Needs:
 
     Args:
         run: the file, defaults included.
-        gpus_per_node: 0 on nodes without any, where each engine has a node of its own.
+        gpus_per_node: 0 on nodes without any, where each rank of an engine has a node of its own.
 
     Raises:
-        ConfigError: an engine that is larger than a node; engines that have addresses or a token already.
+        ConfigError: an engine that nodes cannot share evenly; engines that have addresses, a token or places already.
     """
     nodes, processes = trainer(run["parallel"]) if "parallel" in run else (1, 1)
     if processes > gpus_per_node > 0:
@@ -93,37 +112,85 @@ def trainer(parallel: dict[str, Any]) -> tuple[int, int]:
 
 
 def engines(run: dict[str, Any], key: str = "") -> Iterator[Engine]:
-    """Those of every table that has a `rollout`, which serves the model named beside it."""
+    """Those of every table that has a `rollout`, which serves the model named beside it; then the reward models.
+
+    Raises:
+        ConfigError: one that has an address, a token or a place already.
+    """
     if "rollout" in run:
-        known = {name: value for name, value in run["rollout"].items() if name in NucleusSection.model_fields}
-        section, model = NucleusSection.model_validate(known), run.get("model", run)
-        if section.addresses or section.token_env != NucleusSection.model_fields["token_env"].default:
-            raise ConfigError(
-                f"{key}rollout: `addresses` and `token_env` are for the cluster's scripts to say: remove them"
-            )
+        section, model = _known(NucleusSection, run["rollout"]), run.get("model", run)
+        _check(f"{key}rollout", section, bool(section.addresses))
         for index in range(section.engines):
             yield Engine(f"{key}rollout.addresses", index, Path(model["path"]), model["dtype"], section)
     for name, part in run.items():
-        if isinstance(part, dict) and name not in {"rollout", "model"}:
+        if isinstance(part, dict) and name not in {"rollout", "model", "reward_models"}:
             yield from engines(part, f"{key}{name}.")
+    servers = {name: _known(RewardModelServerSection, part) for name, part in run.get("reward_models", {}).items()}
+    for name, server in sorted(servers.items(), key=lambda pair: pair[1].port):  # so port + place tells them apart
+        _check(f"{key}reward_models.{name}", server, server.address is not None)
+        yield Engine(f"{key}reward_models.{name}.address", 0, server.path, server.dtype, server)
 
 
-def deal(wanted: Sequence[Engine], gpus_per_node: int) -> list[list[Engine]]:
-    """Engines of each node: as many, in their order, as its GPUs serve."""
-    nodes: list[list[Engine]] = []
+def _known(kind: type[S], part: dict[str, Any]) -> S:
+    """The section, without keys that only a verb's own kind of it has."""
+    return kind.model_validate({name: value for name, value in part.items() if name in kind.model_fields})
+
+
+def _check(key: str, section: NucleusSection | RewardModelServerSection, has_address: bool) -> None:
+    if has_address or section.token_env != type(section).model_fields["token_env"].default:
+        raise ConfigError(
+            f"{key}: addresses and `token_env` are for the cluster's scripts to say: remove them from the run file"
+        )
+    if given := sorted(PLACEMENT & by_name(section.arguments).keys()):
+        raise ConfigError(
+            f"{key}.arguments: on which nodes the ranks of an engine are is for the cluster's scripts to say, from its "
+            f"sizes (--tensor-parallel-size and the like): remove {', '.join(f'--{name}' for name in given)}"
+        )
+
+
+def deal(wanted: Sequence[Engine], gpus_per_node: int) -> list[list[Part]]:
+    """What each node runs: as many engines, in their order, as its GPUs serve; a larger one has nodes of its own.
+
+    Raises:
+        ConfigError: an engine that nodes cannot share evenly, or that weights cannot reach on more than one node.
+    """
+    per_node = max(gpus_per_node, 1)
+    nodes: list[list[Part]] = []
     free = 0
     for engine in wanted:
-        if engine.gpus > max(gpus_per_node, 1):
-            raise ConfigError(
-                f"{engine.key}: an engine runs on {engine.gpus} GPUs, but a node has {gpus_per_node}; make it smaller "
-                "(--tensor-parallel-size in `arguments`), or start such engines by hand (docs/fleet.md)"
-            )
+        if engine.gpus > per_node:
+            count = spanned(engine, per_node)
+            nodes += [[Part(engine, rank, count)] for rank in range(count)]
+            free = 0
+            continue
         if free < engine.gpus:
             nodes.append([])
-            free = max(gpus_per_node, 1)
-        nodes[-1].append(engine)
+            free = per_node
+        nodes[-1].append(Part(engine))
         free -= engine.gpus
     return nodes
+
+
+def spanned(engine: Engine, per_node: int) -> int:
+    """Nodes of an engine that is larger than one: the fewest, if each runs whole replicas or an even share of one.
+
+    Raises:
+        ConfigError: it does not divide so, or its transport of weights stays on one node.
+    """
+    tensor, pipeline, data = ranks(engine.section.arguments)
+    replica, count = tensor * pipeline, math.ceil(engine.gpus / per_node)
+    here, rest = divmod(engine.gpus, count)
+    if rest or (here % replica and replica % here):
+        raise ConfigError(
+            f"{engine.key}: it runs on {engine.gpus} GPUs (tensor {tensor} x pipeline {pipeline} x data {data}), "
+            f"which {count} nodes of {per_node} cannot share evenly, with whole replicas of {replica} GPUs on each, "
+            "or whole nodes to each replica: change the sizes in `arguments`"
+        )
+    if isinstance(engine.section, NucleusSection) and engine.section.transport == "shared_memory":
+        raise ConfigError(
+            f'{engine.key}: transport = "shared_memory" does not reach the {count} nodes of an engine: "disk" does'
+        )
+    return count
 
 
 def main() -> int:

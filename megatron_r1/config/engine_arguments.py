@@ -9,9 +9,25 @@ _SHORT = {
     "tp": "tensor-parallel-size",
     "pp": "pipeline-parallel-size",
     "dp": "data-parallel-size",
+    "dpn": "data-parallel-rank",
+    "dpr": "data-parallel-start-rank",
+    "dpl": "data-parallel-size-local",
+    "dpa": "data-parallel-address",
+    "dpp": "data-parallel-rpc-port",
+    "dpb": "data-parallel-backend",
+    "dph": "data-parallel-hybrid-lb",
+    "dpe": "data-parallel-external-lb",
+    "dpm": "data-parallel-multi-port-external-lb",
+    "n": "nnodes",
+    "r": "node-rank",
     "q": "quantization",
     "sc": "speculative-config",
 }
+PLACEMENT = frozenset(
+    {"headless", "nnodes", "node-rank", "master-addr", "master-port"}
+    | {name for name in _SHORT.values() if name.startswith("data-parallel-") and name != "data-parallel-size"}
+)
+"""Arguments that say which ranks of an engine a command starts, and where the others are."""
 
 
 def by_name(arguments: Sequence[str]) -> dict[str, str]:

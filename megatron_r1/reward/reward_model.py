@@ -1,6 +1,7 @@
 """Reward-model reward: what a trained scalar head says of a response (DeepSeek-R1's helpful and safety rewards)."""
 
 import math
+import os
 from collections.abc import Callable
 
 import httpx
@@ -31,6 +32,8 @@ class RewardModel(Reward):
     class Config(Section):
         url: str
         """Address of a server of [reward_models], such as `http://127.0.0.1:8720`."""
+        token_env: str | None = None
+        """Environment variable with the token that the server asks for; None = it asks for none."""
         part: Part = "summary"
         """What is scored: R1's helpful model the `summary`, its safety model the whole `response`."""
         scale: float = 1.0
@@ -45,6 +48,8 @@ class RewardModel(Reward):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._url = config.url.rstrip("/")
+        token = os.environ.get(config.token_env, "") if config.token_env else ""
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def prepare(self) -> None:
         try:
@@ -87,9 +92,12 @@ class RewardModel(Reward):
     async def _ask(self, prompt: str, responses: list[str]) -> list[float]:
         """The raw score of each response. [responses]"""
         transport = httpx.AsyncHTTPTransport(retries=self.config.retries)  # of the connection
-        async with httpx.AsyncClient(transport=transport, timeout=self.config.timeout, trust_env=False) as client:
+        asked = {"prompt": prompt, "responses": responses}
+        async with httpx.AsyncClient(
+            transport=transport, timeout=self.config.timeout, headers=self._headers, trust_env=False
+        ) as client:
             try:
-                answer = await client.post(self._url + SCORE_PATH, json={"prompt": prompt, "responses": responses})
+                answer = await client.post(self._url + SCORE_PATH, json=asked)
             except httpx.HTTPError as error:
                 raise EngineError(
                     f"the reward model at {self._url} did not score a group: {type(error).__name__}: {error}; its log "

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_r1.config.evaluation import SamplingSection, ServedModelSection
-from megatron_r1.config.reward_model_server import RewardModelServerSection
+from megatron_r1.config.reward_model_server import RewardModelServerSection, located
 from megatron_r1.config.section import Component
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
@@ -120,7 +120,10 @@ class Sampler:
 
     def _judge(self, rewards: dict[str, Component], task: Component | None) -> Judge:
         return Judge(
-            rewards, [task] if task else [], workers=self._config.reward_workers, timeout=self._config.reward_timeout
+            located(rewards, self._config.reward_models),
+            [task] if task else [],
+            workers=self._config.reward_workers,
+            timeout=self._config.reward_timeout,
         )
 
     def _sample(self, judge: Judge, batch: Sequence[Question], samples: int, number: int) -> list[list[Answer]]:

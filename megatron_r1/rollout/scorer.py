@@ -16,7 +16,8 @@ ARCHITECTURE = "ForSequenceClassification"
 
 
 class Scorers:
-    """The servers of [reward_models]; a context manager that waits until they answer and leaves no process behind.
+    """The servers of [reward_models] that no one else has started; a context manager that waits until they answer and
+    leaves no process behind.
 
     Args:
         sections: [reward_models] of the run file: name -> section.
@@ -29,7 +30,7 @@ class Scorers:
     """
 
     def __init__(self, sections: dict[str, RewardModelServerSection], run_dir: Path) -> None:
-        ports = [section.port for section in sections.values()]
+        ports = [section.port for section in sections.values()]  # rewards name them by it, wherever they are
         if len(set(ports)) < len(ports):
             raise ConfigError(f"reward_models: each needs a `port` of its own; they are {ports}")
         self.sections = sections
@@ -38,7 +39,8 @@ class Scorers:
 
     def __enter__(self) -> Self:
         with self._stack:
-            clients = {name: self._start(name, section) for name, section in self.sections.items()}
+            own = {name: section for name, section in self.sections.items() if not section.address}
+            clients = {name: self._start(name, section) for name, section in own.items()}
             for name, client in clients.items():  # they start at the same time
                 timeout = self.sections[name].start_timeout
                 wait_until_healthy([client], timeout, f"reward_models.{name}.start_timeout")
@@ -65,15 +67,25 @@ def scoring_server(name: str, section: RewardModelServerSection, log: Path) -> S
         DataError: the folder is no reward model.
         EngineError: the port is in use.
     """
-    longest = _check(section)
     on_cpu = not torch.cuda.is_available()
-    command = base_arguments(section, section.path, section.dtype, section.port)
+    command = scoring_arguments(section, section.port, on_cpu)
+    environment = variables(section, section.path, on_cpu)
+    return Server(command, environment, section.port, log, f"reward_models.{name}.port")
+
+
+def scoring_arguments(section: RewardModelServerSection, port: int, on_cpu: bool) -> list[str]:
+    """A reward model's command line; the user's own arguments come last, so they win.
+
+    Raises:
+        DataError: the folder is no reward model.
+    """
+    longest = _check(section)
+    command = base_arguments(section, section.path, section.dtype, port)
     command += ["--runner=pooling", f"--max-model-len={longest}"]
     command += ["--middleware=megatron_r1.rollout.score_route.ScoreRoute"]
     if on_cpu:
         command += cpu_arguments(section, longest)
-    environment = variables(section, section.path, on_cpu)
-    return Server([*command, *section.arguments], environment, section.port, log, f"reward_models.{name}.port")
+    return command + section.arguments
 
 
 def _check(section: RewardModelServerSection) -> int:

@@ -41,7 +41,12 @@ CLOSE_SECONDS = 5.0
 """In which a server that was killed gives up its port."""
 ServedSection = RolloutSection | RewardModelServerSection | TextServerSection
 """All have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
-OWN_EXECUTOR_ARGUMENTS = ("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--distributed-executor")
+OWN_EXECUTOR_ARGUMENTS = (
+    *("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel-size", "-dp"),
+    "--distributed-executor",
+)
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+HEADLESS_MODULE = "megatron_r1.rollout.headless"
 
 
 class EngineLostError(EngineError):
@@ -79,7 +84,7 @@ class Server:
     Args:
         command: what is run, under the supervisor.
         environment: variables beside the run's own.
-        port: where the command listens.
+        port: where the command listens; 0 = nowhere, as a part of an engine that spans nodes.
         log: file that its output is appended to.
         key: of the run file, which sets the port.
 
@@ -116,7 +121,8 @@ class Server:
             file.seek(self._log_start)
             lines = file.read().decode(errors="replace").rstrip().splitlines()
         errors = (match[1] for line in lines if (match := ERROR_LINE.search(line)))
-        message = [f"vLLM at {self.url} {what}; the end of its log {self.log}:", *lines[-LOG_LINES:]]
+        who = f"vLLM at {self.url}" if self.port else "a part of a vLLM engine"
+        message = [f"{who} {what}; the end of its log {self.log}:", *lines[-LOG_LINES:]]
         return EngineError("\n".join([*message, f"The first error in this log: {next(errors, 'none')}"]))
 
     def terminate(self) -> None:
@@ -177,10 +183,17 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
 
 def base_arguments(section: ServedSection, model: Path, dtype: str, port: int) -> list[str]:
     """What the command line of any vLLM server of ours begins with."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", SERVER_MODULE]
     command += [f"--model={model.resolve()}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]
     command += [f"--max-num-seqs={section.max_num_seqs}"]
     return [*command, "--disable-log-stats", "--disable-uvicorn-access-log"]
+
+
+def headless(command: list[str]) -> list[str]:
+    """A server's command line as that of a part of the same engine on another node, which listens for no requests."""
+    python, option, module, *rest = command
+    assert module == SERVER_MODULE
+    return [python, option, HEADLESS_MODULE, *rest, "--headless"]
 
 
 def cpu_arguments(section: ServedSection, longest: int) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 import torch
 
+from megatron_r1.config.reward_model_server import located
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
@@ -118,7 +119,7 @@ class Collector:
             self._stack.enter_context(Scorers(config.reward_models, config.output))
             self._judge = self._stack.enter_context(
                 Judge(
-                    config.rewards,
+                    located(config.rewards, config.reward_models),
                     tasks=[section.task for section in config.tasks.values()],
                     workers=config.reward_workers,
                     timeout=config.reward_timeout,

@@ -205,7 +205,7 @@ class RolloutSection(Section):
     """Longest response, tokens."""
     temperature: PositiveFloat = 1.0
     max_num_seqs: PositiveInt = 256
-    """Sequences that one engine decodes at once."""
+    """Sequences that one engine decodes at once; with `--data-parallel-size`, each of its replicas."""
     kv_cache_gib: PositiveFloat = 0.5
     """KV cache of each engine on CPU, GiB (vLLM's own default there takes most of the memory)."""
     threads: PositiveInt = 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.rollout.client import wait_until_healthy
@@ -84,7 +85,8 @@ class Fleet:
         engines = self._running
         self._dispatch: Refill | Shares
         if dispatch == "continuous":
-            self._dispatch = Refill(engines, self.section.max_num_seqs)
+            replicas = ranks(self.section.arguments)[2]
+            self._dispatch = Refill(engines, self.section.max_num_seqs * replicas)
         else:
             self._dispatch, engines.watcher = Shares(engines), None
 

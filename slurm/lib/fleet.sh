@@ -25,13 +25,17 @@
             mv "$file.$SLURM_JOB_ID" "$file"
             say "the engines can be asked; $file says where"
             known=yes
+        elif [[ -z $known ]] && any_ended "$MEGATRON_R1_EXITS"; then
+            say "the engines did not start; see $folder"
+            asked=$(start_failure "$MEGATRON_R1_EXITS")
+            continue
         fi
         sleep 1 &
         wait $!
     done
     [[ $(head -n 1 "$file" 2>/dev/null) != "$SLURM_JOB_ID" ]] || rm -f "$file"
     if [[ -n $asked ]]; then
-        ((asked == 143)) || sleep 15 # for the trainer to see that the file is gone, and to save
+        [[ -z $known ]] || ((asked == 143)) || sleep 15 # for the trainer to see that the file is gone, and to save
         kill -USR1 $engines 2>/dev/null
     fi
     while kill -0 $engines 2>/dev/null; do wait $engines; done

@@ -54,9 +54,10 @@ start_engines() {
     fleet=$!
     until (($(find "$folder" -name '[!.]*.engines' | wc -l) == FLEET_NODES)); do
         [[ -z $asked ]] || return 138 # nothing has begun yet
-        if ! kill -0 "$fleet" 2>/dev/null; then
+        # One node that has failed ends its task; the step waits for the others, whose engines may wait for it.
+        if ! kill -0 "$fleet" 2>/dev/null || any_ended "$folder/exits"; then
             say "the engines did not start; see $folder"
-            return 1
+            return "$(start_failure "$folder/exits")"
         fi
         pause 1
     done

@@ -58,8 +58,20 @@ token() {
 }
 
 # engines_overrides FOLDER: what tells a run where its engines are, one option a line, from the nodes' announcements.
+# A key in the plural takes a list.
 engines_overrides() {
     sort -t$'\t' -k1,1 -k2,2n "$1"/*.engines | awk -F'\t' '
         { urls[$1] = urls[$1] separator[$1] "\"" $3 "\""; separator[$1] = ", " }
-        END { for (key in urls) print "--" key "=[" urls[key] "]" }'
+        END { for (key in urls) print "--" key "=" (key ~ /es$/ ? "[" urls[key] "]" : urls[key]) }'
+}
+
+# any_ended EXITS: has a node's task ended?
+any_ended() {
+    [[ -n $(find "$1" -type f -print -quit) ]]
+}
+
+# start_failure EXITS: the code of an attempt whose engines did not start, 2 where somebody has to mend the run file
+start_failure() {
+    sleep 1 # for the others that fail alike to say so
+    if grep -qsx 2 "$1"/*; then echo 2; else echo 1; fi
 }

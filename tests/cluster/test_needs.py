@@ -1,7 +1,10 @@
 """How many nodes a run file asks for, and which engines stand on which."""
 
+import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import pytest
 
 from megatron_r1.cluster.needs import deal, engines, needs, trainer
 from megatron_r1.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 def rollout(engines: int, *arguments: str) -> dict[str, Any]:
@@ -60,22 +65,82 @@ def test_engines_fill_nodes_in_order() -> None:
     assert [len(node) for node in deal(list(engines(rl())), 0)] == [1, 1, 1, 1]  # no GPUs: one a node
 
 
-def test_an_engine_larger_than_a_node_is_refused() -> None:
-    with pytest.raises(ConfigError, match="16 GPUs, but a node has 8"):
-        needs(rl(rollout=rollout(1, "-tp=16")), 8)
+def test_engines_larger_than_a_node() -> None:
+    """Of 1 + 2 x 12 + 1 GPUs on nodes of 8: a node for the first, two of 6 for each large one, none shared with it."""
+    (small,) = engines(rl(rollout=rollout(1)))
+    large = list(engines(rl(rollout=rollout(2, "-tp=12"))))
+    dealt = deal([small, *large, small], 8)
+    assert [[(part.engine.gpus, part.rank, part.nodes, part.gpus) for part in node] for node in dealt] == [
+        [(1, 0, 1, 1)],
+        [(12, 0, 2, 6)], [(12, 1, 2, 6)],
+        [(12, 0, 2, 6)], [(12, 1, 2, 6)],
+        [(1, 0, 1, 1)],
+    ]  # fmt: skip
+    assert [part.engine.index for node in dealt for part in node] == [0, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus_per_node", "expected"),
+    [
+        (["-tp=16"], 8, 2),
+        (["-dp=32", "--enable-expert-parallel"], 8, 4),  # 8 whole replicas on each
+        (["-tp=8", "-pp=4"], 8, 4),  # a quarter of one on each
+        (["-tp=8", "-dp=2"], 4, 4),  # two nodes to each of two replicas
+        (["-tp=2"], 0, 2),  # no GPUs: one rank a node
+        (["-tp=4", "-dp=3"], 8, "12 GPUs (tensor 4 x pipeline 1 x data 3), which 2 nodes of 8 cannot share evenly"),
+        (["-tp=9"], 8, "9 GPUs (tensor 9 x pipeline 1 x data 1), which 2 nodes of 8 cannot share evenly"),
+    ],
+    ids=str,
+)
+def test_nodes_of_an_engine(arguments: list[str], gpus_per_node: int, expected: int | str) -> None:
+    run = rl(rollout=rollout(1, *arguments))
+    if isinstance(expected, int):
+        assert len(needs(run, gpus_per_node).fleet) == expected
+        return
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        needs(run, gpus_per_node)
+
+
+def test_reward_models_have_places_behind_the_engines() -> None:
+    """In the order of their ports, so that port + place is another for each."""
+    served = {"path": "models/rm", "port": 8721}
+    models = {"safe": served, "helpful": served | {"port": 8720, "arguments": ["-tp=16"]}}
+    run = rl(rollout=rollout(3, "-tp=2"), reward_models=models)
+    assert [[(part.engine.key, part.rank) for part in node] for node in needs(run, 8).fleet] == [
+        [("rollout.addresses", 0)] * 3,
+        [("reward_models.helpful.address", 0)],
+        [("reward_models.helpful.address", 1)],
+        [("reward_models.safe.address", 0)],
+    ]
 
 
 @pytest.mark.parametrize("given", [{"addresses": ["http://node7:8700"]}, {"token_env": "MINE"}], ids=str)
 def test_what_the_scripts_say_is_refused_in_the_run_file(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="remove them"):
         needs(rl(rollout=rollout(1) | given), 8)
+    given = {"address": "http://node7:8700"} if "addresses" in given else given
+    with pytest.raises(ConfigError, match=r"^reward_models\.safe: .* remove them"):
+        needs(rl(reward_models={"safe": {"path": "models/rm"} | given}), 8)
+
+
+@pytest.mark.parametrize("given", ["--nnodes=2", "-n 2", "--node_rank=1", "-dpl=8", "--headless"])
+def test_where_ranks_are_is_refused_in_the_run_file(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"^rollout\.arguments: on which nodes .* remove --"):
+        needs(rl(rollout=rollout(1, "-tp=16", *given.split())), 8)
+
+
+def test_shared_memory_does_not_span_nodes() -> None:
+    shared = {"transport": "shared_memory"}
+    assert len(needs(rl(rollout=rollout(1, "-tp=8") | shared), 8).fleet) == 1
+    with pytest.raises(ConfigError, match='does not reach the 2 nodes of an engine: "disk" does'):
+        needs(rl(rollout=rollout(1, "-tp=16") | shared), 8)
 
 
 def test_every_model_of_collect_has_its_engines() -> None:
     model = {"path": "models/x", "dtype": "bfloat16"}
     run = {"output": "runs/c", "models": {"a": model | {"rollout": rollout(2)}, "b": model | {"rollout": rollout(1)}}}
     found = needs(run, 2)
-    assert [[(engine.key, engine.index) for engine in node] for node in found.fleet] == [
+    assert [[(part.engine.key, part.engine.index) for part in node] for node in found.fleet] == [
         [("models.a.rollout.addresses", 0), ("models.a.rollout.addresses", 1)],
         [("models.b.rollout.addresses", 0)],
     ]
@@ -86,6 +151,16 @@ def test_a_verb_without_models_needs_one_node() -> None:
     assert needs({"output": "runs/corpus"}, 8).assignments().split() == [
         "OUTPUT=runs/corpus", "TRAINS=0", "NODES=1", "PROCESSES=1", "FLEET_NODES=0",
     ]  # fmt: skip
+
+
+def test_a_stage_of_the_671b() -> None:
+    """As the job's script does it: three engines on four nodes each, two reward models on two."""
+    resolved = subprocess.run(
+        [sys.executable, "-m", "megatron_r1.cli", "run", "examples/r1_671b/recipe.toml", "--stage=r1"],
+        check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ).stdout  # fmt: skip
+    found = needs(tomllib.loads(resolved), 8)
+    assert (found.nodes, found.processes, len(found.fleet)) == (48, 8, 3 * 4 + 2 * 2)
 
 
 def test_the_shell_gets_what_the_command_line_resolves(rl_file: Path) -> None:

@@ -2,7 +2,7 @@
 """What the scripts start in place of Python with megatron_r1: the same words, files and exit codes, and no model.
 
 A run does a step each half second and keeps it as a checkpoint; a word in `<output>/do` makes it fail. Engines announce
-themselves and wait.
+themselves and wait; a word in `<output>/engine` makes that of the second node fail before it has.
 """
 
 import json
@@ -31,6 +31,8 @@ def resolved() -> None:
 def engines() -> int:
     folder = Path(next(word for word in sys.argv if word.startswith("--folder=")).removeprefix("--folder="))
     node, address = os.environ["SLURM_NODEID"], os.environ["MEGATRON_R1_ADDRESS"]
+    if node == "1" and (OUTPUT / "engine").exists():
+        return int((OUTPUT / "engine").read_text())
     aside = folder / f".{node}.engines"
     aside.write_text(f"rollout.addresses\t{node}\thttp://{address}:{9600 + int(node)}-{os.getpid()}\n")
     aside.rename(folder / f"{node}.engines")

@@ -104,6 +104,18 @@ def test_engines_on_nodes_of_their_own(jobs: Jobs) -> None:
     assert [process.pid for process in jobs.slurm.processes() if str(STAND_IN) in process.cmdline()] == []
 
 
+@pytest.mark.parametrize("script", ["rl", "rl_fleet"])
+def test_an_engine_that_does_not_start(jobs: Jobs, script: str) -> None:
+    """Others may wait for it, and would for ever."""
+    (jobs.output / "engine").write_text("2")
+    parts = {"rl": ["--nodes=1", "--exclusive", ":", "--nodes=2", "--exclusive"], "rl_fleet": ["--nodes=2"]}[script]
+    job = jobs.submit(script, *parts)
+    job.until(lambda: job.state() == "FAILED")
+    assert job.attempts() == ["2"]
+    assert "the engines did not start; see " in job.said()
+    assert jobs.runs() == []
+
+
 def test_engines_of_another_job_that_moves(jobs: Jobs) -> None:
     """In the same job of the trainer; when that is done, the engines' job ends, too."""
     job = jobs.submit("rl_learner", "--nodes=1")

@@ -1,1 +1,1 @@
-"""Runs on many nodes: what a run file needs, engines on a node of their own, the health of nodes."""
+"""Runs on many nodes: what a run file needs, engines on nodes of their own or over several, the health of nodes."""

@@ -67,7 +67,7 @@ engines_overrides() {
 
 # any_ended EXITS: has a node's task ended?
 any_ended() {
-    [[ -n $(find "$1" -type f -print -quit) ]]
+    [[ -n $(find "$1" -type f -print -quit 2>/dev/null) ]]
 }
 
 # start_failure EXITS: the code of an attempt whose engines did not start, 2 where somebody has to mend the run file

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.checkpoint.source import hf_shapes
+from megatron_r1.checkpoint.source import Source, hf_shapes
 from megatron_r1.convert.plan import standing
 from megatron_r1.convert.target import HuggingFaceTarget, write_config
 from megatron_r1.errors import UserError
@@ -33,7 +33,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 2**20
 
 
-class Invented:
+class Invented(Source):
     """A source of weights that nobody trained; the same for the same config.
 
     Args:
@@ -92,12 +92,12 @@ def write_headers(target: HuggingFaceTarget, folder: Path) -> None:
             file.truncate(8 + len(text) + end)
 
 
-def fill(target: HuggingFaceTarget, source: Invented, folder: Path) -> None:
+def fill(target: HuggingFaceTarget, folder: Path) -> None:
     """Files with weights."""
     for part in target.parts():
         sink = target.open(folder, part)
         for rule in (rule for task in part.tasks for rule in task):
-            sink.put(rule, source.read(rule))
+            sink.put(rule)
         sink.close()
 
 
@@ -107,7 +107,7 @@ def make(hf: HFConfig, output: Path, filled: bool) -> tuple[int, int]:
     write_config(output, hf)
     source = Invented(hf, output)
     target = HuggingFaceTarget(source, None, "float32" if QUANTIZATION in hf else None, SHARD_BYTES)
-    fill(target, source, output) if filled else write_headers(target, output)
+    fill(target, output) if filled else write_headers(target, output)
     files = {name: part.file for part in target.parts() for name in target.specs(part)}
     total = sum(part.nbytes for part in target.parts())
     if len(target.parts()) > 1:

@@ -15,6 +15,7 @@ import torch
 from gguf import quants
 
 from megatron_r1.checkpoint.gguf_metadata import PRE_TOKENIZERS, config_json, save_companions
+from megatron_r1.checkpoint.source import Source
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
 from megatron_r1.model.family import Rule
@@ -44,7 +45,7 @@ _EXPANDED_BYTES = 2**26
 """Of float32, at a time."""
 
 
-class GgufSource:
+class GgufSource(Source):
     """A file of a plain Llama model with a byte-level BPE tokenizer.
 
     Raises:

@@ -3,7 +3,8 @@
 FP8 weights appear dequantised. Nothing is read but headers until a rule's tensors are asked for.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -14,17 +15,16 @@ from megatron_r1.checkpoint.torch_dist import EMBEDDING, TorchDistReader, is_tor
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
 from megatron_r1.model.family import HFConfig, Rule
-from megatron_r1.model.fp8 import SCALE_SUFFIX
+from megatron_r1.model.fp8 import BLOCK, SCALE_SUFFIX
 from megatron_r1.model.hf_folder import TensorReader, read_config
-from megatron_r1.model.safetensors_file import Spec, read
-from megatron_r1.model.sharding import Layout, Place, layout
+from megatron_r1.model.safetensors_file import Spec
+from megatron_r1.model.sharding import Layout, Piece, Place, layout
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file that names the checkpoint of a folder to load."""
 RELEASE = "release"
 """What that file says of weights that no training run has numbered."""
 _MTP = "num_nextn_predict_layers"
-_COMPARED_BYTES = 2**26
 _SHOWN = 5
 
 
@@ -62,12 +62,20 @@ class Source(Protocol):
         """
         ...
 
+    def stripes(self, rule: Rule) -> list[Iterable[torch.Tensor]]:
+        """The same, each tensor in consecutive blocks of its rows, which begin at multiples of 128.
+
+        Raises:
+            DataError: as `read`, at any of the blocks.
+        """
+        return [[tensor] for tensor in self.read(rule)]
+
     def stored(self, rule: Rule) -> list[Spec]:
         """Every tensor that a rule uses, as it is stored: scales and copies too."""
         ...
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(Source):
     """A folder of safetensors.
 
     Args:
@@ -96,14 +104,12 @@ class HuggingFaceSource:
 
     def read(self, rule: Rule) -> list[torch.Tensor]:
         """The tensors of a rule, its copies compared."""
-        parts = [self._reader[name] for name in rule.hf]
-        for name in (*rule.copies, *rule.redundant):
-            if name in self._reader and not self._equal(name, parts[0]):
-                raise DataError(
-                    f"{self.folder}: {name} differs from {rule.hf[0]}, but config.json says that they are one"
-                    + (": set tie_word_embeddings = false there if they are two" if rule.redundant else "")
-                )
-        return parts
+        return [_whole(self.spec(name), blocks) for name, blocks in zip(rule.hf, self.stripes(rule), strict=True)]
+
+    def stripes(self, rule: Rule) -> list[Iterable[torch.Tensor]]:
+        """The tensors of a rule in blocks of rows, its copies compared."""
+        first, *others = (self._reader.stripes(name) for name in rule.hf)
+        return [self._compared(rule, first), *others]
 
     def stored(self, rule: Rule) -> list[Spec]:
         """Every tensor that a rule uses, as it is stored."""
@@ -112,25 +118,22 @@ class HuggingFaceSource:
         entries += [entry for name in names if (entry := self._reader.stored.get(name + SCALE_SUFFIX))]
         return [Spec(entry.dtype, entry.shape) for entry in entries]
 
-    def _equal(self, name: str, value: torch.Tensor) -> bool:
-        """Bit for bit, a piece at a time: a second embedding would double the memory."""
-        spec, entry = self._reader.spec(name), self._reader.stored[name]
-        if spec != Spec(value.dtype, tuple(value.shape)):
-            return False
-        if entry.dtype != spec.dtype:  # dequantised
-            return torch.equal(self._reader[name], value)
-        flat, item = value.contiguous().view(-1), value.element_size()
-        step = _COMPARED_BYTES // item
-        for start in range(0, flat.numel(), step):
-            ours = flat[start : start + step]
-            size = ours.numel() * item
-            piece = replace(entry, shape=tuple(ours.shape), offset=entry.offset + start * item, nbytes=size)
-            if not torch.equal(read(piece).view(torch.uint8), ours.view(torch.uint8)):
-                return False
-        return True
+    def _compared(self, rule: Rule, stripes: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The first tensor of a rule, bit for bit what stands under every other name that it has."""
+        names = [name for name in (*rule.copies, *rule.redundant) if name in self._reader]
+        copies = {name: self._reader.stripes(name) for name in names}
+        same_kind = {name: self.spec(name) == self.spec(rule.hf[0]) for name in names}
+        for stripe in stripes:
+            for name, copy in copies.items():
+                if not same_kind[name] or not _equal(next(copy), stripe):
+                    raise DataError(
+                        f"{self.folder}: {name} differs from {rule.hf[0]}, but config.json says that they are one"
+                        + (": set tie_word_embeddings = false there if they are two" if rule.redundant else "")
+                    )
+            yield stripe
 
 
-class MegatronSource:
+class MegatronSource(Source):
     """A `torch_dist` directory, ours or megatron-core's, seen through a `config.json`.
 
     Args:
@@ -180,6 +183,22 @@ class MegatronSource:
         if rule.groups == 1 and [tuple(block.shape) for block in blocks] == hf_shapes(rule, place):
             return blocks
         return rule.cut(torch.cat(blocks) if len(blocks) > 1 else blocks[0])
+
+    def stripes(self, rule: Rule) -> list[Iterable[torch.Tensor]]:
+        """The tensors of a rule in blocks of rows, where Megatron's are not to be cut."""
+        place = self._place(rule)
+        if not one_to_one(rule, place):
+            return super().stripes(rule)
+        shapes = hf_shapes(rule, place)
+        return [self._stripes(piece, shape) for piece, shape in zip(place.pieces, shapes, strict=True)]
+
+    def _stripes(self, piece: Piece, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        axis = len(piece.shape) - len(shape)
+        before, after = piece.shape[:axis], piece.shape[axis + 1 :]
+        for start, stop in Spec(self._reader.keys[piece.key].dtype, shape).stripes(BLOCK[0]):
+            offset = (*piece.offset[:axis], piece.offset[axis] + start, *piece.offset[axis + 1 :])
+            rows = replace(piece, offset=offset, shape=(*before, stop - start, *after))
+            yield self._reader.read(rows).reshape(stop - start, *shape[1:])
 
     def stored(self, rule: Rule) -> list[Spec]:
         """The pieces of a rule's tensor."""
@@ -308,9 +327,29 @@ def hf_shapes(rule: Rule, place: Place) -> list[tuple[int, ...]]:
     return [(place.shape[0] * share // sum(shares), *place.shape[1:]) for share in shares]
 
 
+def one_to_one(rule: Rule, place: Place) -> bool:
+    """Whether each piece of Megatron's tensor is one of the Hugging Face tensors."""
+    sizes = [math.prod(shape) for shape in hf_shapes(rule, place)]
+    return rule.groups == 1 and [math.prod(piece.shape) for piece in place.pieces] == sizes
+
+
 def without_mtp(hf: HFConfig) -> HFConfig:
     """The `config.json` of the same model without multi-token prediction."""
     return {**hf, _MTP: 0} if hf.get(_MTP) else hf
+
+
+def _whole(spec: Spec, blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A tensor from its blocks of rows."""
+    whole, done = torch.empty(spec.shape, dtype=spec.dtype), 0
+    for block in blocks:
+        whole.view(-1)[done : done + block.numel()] = block.view(-1)
+        done += block.numel()
+    return whole
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _names(rule: Rule) -> tuple[str, ...]:

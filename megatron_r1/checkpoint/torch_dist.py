@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_r1.checkpoint.torch_dist_chunks import Box, Chunk, load, load_box, save, saved_nbytes
+from megatron_r1.checkpoint.torch_dist_chunks import Box, Chunk, ChunkReader, frame, saved_nbytes
 from megatron_r1.checkpoint.torch_dist_index import Record, index, record
 from megatron_r1.compat.checkpoint_pickles import read_metadata
 from megatron_r1.data.files import aside, write_json
@@ -86,7 +86,7 @@ class TorchDistReader:
     def __init__(self, folder: Path) -> None:
         if not is_torch_dist(folder):
             raise DataError(f"{folder} is not a torch_dist checkpoint of Megatron's: it has no such {_CONFIG}")
-        self.folder = folder
+        self.folder, self._numbers = folder, ChunkReader()
         try:
             self._open()
         except OSError as error:
@@ -143,14 +143,14 @@ class TorchDistReader:
             DataError: no such key, other global shape, rectangle not covered by what was saved, damaged file.
         """
         spec, chunks = self.spec(piece), self._chunks[piece.key]
-        whole = chunks.get(piece.offset)
-        if whole is not None and whole.shape == piece.shape:
-            return load(whole)
         wanted, covered = Box.of(piece), 0
         out = torch.empty(piece.shape, dtype=spec.dtype)
         for chunk in chunks.values():
             if box := wanted.common(Box.of(chunk)):
-                out[box.within(piece.offset)] = load_box(chunk, box)
+                part = self._numbers.read(chunk, box)
+                if box == wanted:
+                    return part
+                out[box.within(piece.offset)] = part
                 covered += box.volume
         if covered != wanted.volume:
             raise DataError(f"{self.folder}: {piece.key} was saved in part only, or twice")
@@ -207,9 +207,27 @@ class PartWriter:
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        start = self._file.tell()
-        save(tensor.reshape(piece.shape), self._file)
-        self._records.append(record(piece, tensor.dtype, self.path.name, start, self._file.tell() - start))
+        self.put_rows(piece, tensor.dtype, [tensor])
+
+    def put_rows(self, piece: Piece, dtype: torch.dtype, blocks: Iterable[torch.Tensor]) -> None:
+        """Append one piece that comes in consecutive blocks of its numbers; otherwise as `put`.
+
+        Raises:
+            ValueError: the blocks do not make up the piece.
+            OSError: as `put`.
+        """
+        spec, start = Spec(dtype, piece.shape), self._file.tell()
+        before, behind = frame(spec)
+        self._file.write(before)
+        for block in blocks:
+            if block.dtype != dtype:
+                raise ValueError(f"{piece.key}: {block.dtype} among {dtype}")
+            self._file.write(block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        self._file.write(behind)
+        length = self._file.tell() - start
+        if length != saved_nbytes(spec):
+            raise ValueError(f"{piece.key}: {length} bytes instead of {saved_nbytes(spec)}")
+        self._records.append(record(piece, dtype, self.path.name, start, length))
 
     def close(self) -> list[Record]:
         """Finish the file; one record for each piece put."""

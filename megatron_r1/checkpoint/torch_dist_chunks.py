@@ -1,18 +1,21 @@
 """The items of a `.distcp` file: one rectangle of a tensor each, in the container that `torch.save` writes."""
 
 import math
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.errors import DataError
-from megatron_r1.model.safetensors_file import Spec
+from megatron_r1.model.safetensors_file import Entry, Spec, read
 from megatron_r1.model.sharding import Piece
 
 
@@ -57,33 +60,37 @@ class Box:
         return math.prod(b - a for a, b in zip(self.low, self.high, strict=True))
 
 
-def load_box(chunk: Chunk, box: Box) -> torch.Tensor:
-    """What a chunk holds of a box inside it; of a chunk much larger than that, only the rows that hold it are read.
+class ChunkReader:
+    """Reads chunks; where their numbers stand in the files is looked up once. Thread-safe."""
 
-    Raises:
-        DataError: the file is missing or damaged, or holds something else there.
-    """
-    index = box.within(chunk.offset)
-    if math.prod(chunk.shape) <= 2 * box.volume:
-        return load(chunk)[index]
-    axis = next(axis for axis, size in enumerate(chunk.shape) if size > 1)
-    return load(chunk, index[axis], axis)[(*index[:axis], slice(None), *index[axis + 1 :])]
+    def __init__(self) -> None:
+        self._entries: dict[Chunk, Entry | None] = {}
+
+    def read(self, chunk: Chunk, box: Box) -> torch.Tensor:
+        """What a chunk holds of a box inside it: at most the rows that hold it are read. [box]
+
+        Raises:
+            DataError: the file is missing or damaged, or holds something else there.
+        """
+        index = box.within(chunk.offset)
+        with _told(chunk):
+            if chunk not in self._entries:
+                self._entries[chunk] = _entry(chunk)
+            entry = self._entries[chunk]
+            if entry is None:  # not in their natural order
+                return _loaded(chunk, "cpu")[index]
+            axis = next((axis for axis, size in enumerate(chunk.shape) if size != 1), None)
+            if axis is None:
+                return read(entry).view(chunk.shape)[index]
+            rows = read(entry.rows(index[axis].start, index[axis].stop))
+            return rows.view(*chunk.shape[:axis], *rows.shape)[(*index[:axis], slice(None), *index[axis + 1 :])]
 
 
-def load(chunk: Chunk, rows: slice | None = None, axis: int = 0) -> torch.Tensor:
-    """A whole chunk; with `rows`, only those of `axis`, before which all axes have one element.
-
-    Raises:
-        DataError: the file is missing or damaged, or holds something else there.
-    """
+@contextmanager
+def _told(chunk: Chunk) -> Iterator[None]:
+    """Whatever a file that is damaged makes of reading it, as a `DataError`."""
     try:
-        with chunk.file.open("rb") as file:
-            view: Any = _create_file_view(file, chunk.start, chunk.length)
-            if rows is None:
-                return _checked(chunk, torch.load(view, map_location="cpu", weights_only=True))
-            with FakeTensorMode():  # reads all but the numbers, and where they begin
-                outline = _checked(chunk, torch.load(view, weights_only=True))
-            return _read_rows(view, outline, rows, axis)
+        yield
     except OSError as error:
         raise DataError(f"cannot read {chunk.file}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
@@ -97,7 +104,24 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _checked(chunk: Chunk, tensor: Any) -> torch.Tensor:
+def _entry(chunk: Chunk) -> Entry | None:
+    """Where a chunk's numbers stand, without the axes of one element before all others; None if not row by row."""
+    outline = _loaded(chunk, "meta")  # all but the numbers
+    if not outline.is_contiguous():
+        return None
+    storage: Any = outline.untyped_storage()
+    begin = chunk.start + storage._checkpoint_offset + outline.storage_offset() * outline.itemsize
+    if begin + outline.nbytes > chunk.start + chunk.length:
+        raise EOFError("the item is too short")
+    shape = tuple(dropwhile((1).__eq__, chunk.shape))
+    return Entry(chunk.key, chunk.dtype, shape, chunk.file, begin, outline.nbytes)
+
+
+def _loaded(chunk: Chunk, device: str) -> torch.Tensor:
+    """A chunk as torch loads it, checked against the index."""
+    with chunk.file.open("rb") as file:
+        view: Any = _create_file_view(file, chunk.start, chunk.length)
+        tensor = torch.load(view, map_location=device, weights_only=True)
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"it is a {type(tensor).__name__}")
     if tensor.dtype != chunk.dtype or tuple(tensor.shape) != chunk.shape:
@@ -105,59 +129,34 @@ def _checked(chunk: Chunk, tensor: Any) -> torch.Tensor:
     return tensor
 
 
-def _read_rows(view: Any, outline: torch.Tensor, rows: slice, axis: int) -> torch.Tensor:
-    """Rows of a tensor whose numbers stand in their natural order, else the same of the whole."""
-    if not outline.is_contiguous():
-        view.seek(0)
-        whole: torch.Tensor = torch.load(view, map_location="cpu", weights_only=True)
-        return whole.narrow(axis, rows.start, rows.stop - rows.start)
-    shape = [*outline.shape[:axis], rows.stop - rows.start, *outline.shape[axis + 1 :]]
-    out = torch.empty(shape, dtype=outline.dtype)
-    first = outline.storage_offset() + rows.start * outline.stride(axis)
-    begin: Any = outline.untyped_storage()
-    view.seek(begin._checkpoint_offset + first * outline.itemsize)
-    target = memoryview(out.view(-1).view(torch.uint8).numpy())
-    while target:
-        count = view.readinto(target)
-        if not count:
-            raise EOFError("the file is too short")
-        target = target[count:]
-    return out
+class _Frame:
+    """A file that keeps what stands before and behind the numbers, which `torch.save` passes over in it."""
 
-
-def save(tensor: torch.Tensor, file: Any) -> None:
-    """Append a tensor to an open file, its numbers not copied where they are contiguous.
-
-    Raises:
-        OSError: the file cannot be written, because the disk is full for example.
-    """
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes whole storages
-        tensor = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
-    try:
-        torch.save(tensor, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save goes on to complain of the position in the file
-            raise error.__context__ from None
-        raise
-
-
-class _Count:
-    """A file that only counts."""
-
-    size = 0
+    def __init__(self) -> None:
+        self.parts = [b""]
 
     def write(self, data: memoryview) -> int:
-        self.size += len(data)
+        self.parts[-1] += data
         return len(data)
+
+    def seek(self, nbytes: int, whence: int) -> None:
+        assert whence == os.SEEK_CUR
+        self.parts.append(b"")
 
     def flush(self) -> None:
         pass
 
 
 @lru_cache(maxsize=4096)
+def frame(spec: Spec) -> tuple[bytes, bytes]:
+    """What `torch.save` writes before and behind the numbers of a tensor, where checksums are off."""
+    file: Any = _Frame()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(spec.shape, dtype=spec.dtype), file)
+    before, behind = (*file.parts, b"")[:2]
+    return before, behind
+
+
 def saved_nbytes(spec: Spec) -> int:
-    """Bytes that `save` writes for a tensor, where checksums are off (else its memory would be touched)."""
-    sink = _Count()
-    save(torch.empty(spec.shape, dtype=spec.dtype), sink)
-    return sink.size
+    """Bytes that an item takes."""
+    return spec.nbytes + sum(map(len, frame(spec)))

@@ -5,6 +5,7 @@ its workers, and goes on with the parts that it lacks.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_r1.checkpoint.source import RELEASE, TRACKER, Source
+from megatron_r1.checkpoint.source import RELEASE, TRACKER, Source, one_to_one
 from megatron_r1.checkpoint.torch_dist import PartWriter, Record, finish, saved_nbytes
 from megatron_r1.errors import DataError
 from megatron_r1.model import fp8
 from megatron_r1.model.family import HFConfig, Rule
 from megatron_r1.model.hf_folder import QUANTIZATION, copy_companions, shard_names, write_index
 from megatron_r1.model.safetensors_file import Spec, Writer
-from megatron_r1.model.sharding import Piece
+from megatron_r1.model.sharding import Place
 
 Task = tuple[Rule, ...]
 """What one worker does at a stretch."""
@@ -46,8 +47,8 @@ class Part:
 class Sink(Protocol):
     """A part that is being written; it appears whole when it is closed."""
 
-    def put(self, rule: Rule, tensors: Sequence[torch.Tensor]) -> None:
-        """Write a rule's tensors, `rule.hf`."""
+    def put(self, rule: Rule) -> None:
+        """Write a rule's tensors as the source gives them."""
         ...
 
     def close(self) -> list[Record]:
@@ -118,7 +119,7 @@ class HuggingFaceTarget:
 
     def open(self, folder: Path, part: Part) -> Sink:
         """Begin a shard."""
-        return _Shard(folder / part.file, self.specs(part), self._scale_format)
+        return _Shard(folder / part.file, self.specs(part), self._source, self._scale_format)
 
     def finish(self, folder: Path, records: Iterable[Record]) -> None:
         """Index, `config.json`, tokenizer."""
@@ -164,21 +165,27 @@ class HuggingFaceTarget:
 class _Shard:
     """A safetensors file, written beside its place."""
 
-    def __init__(self, path: Path, specs: dict[str, Spec], scale_format: fp8.ScaleFormat | None) -> None:
-        self._path, self._specs, self._scale_format = path, specs, scale_format
+    def __init__(
+        self, path: Path, specs: dict[str, Spec], source: Source, scale_format: fp8.ScaleFormat | None
+    ) -> None:
+        self._path, self._specs, self._source, self._scale_format = path, specs, source, scale_format
         self._writer, self._closed = Writer(path.with_name(f"{path.name}.partial"), specs), False
 
-    def put(self, rule: Rule, tensors: Sequence[torch.Tensor]) -> None:
-        for name, tensor in zip(rule.hf, tensors, strict=True):
-            spec = self._specs[name]
-            if spec.dtype is torch.float8_e4m3fn and self._scale_format:
-                weight, scale = fp8.quantize(tensor, scale_format=self._scale_format)
-                self._writer.put(name, weight)
-                self._writer.put(name + fp8.SCALE_SUFFIX, scale)
-                continue
-            value = rounded(name, tensor, spec.dtype)
-            for stored in (name, *rule.copies):
-                self._writer.put(stored, value)
+    def put(self, rule: Rule) -> None:
+        for name, stripes in zip(rule.hf, self._source.stripes(rule), strict=True):
+            for stripe in stripes:
+                self._put(rule, name, stripe)
+
+    def _put(self, rule: Rule, name: str, rows: torch.Tensor) -> None:
+        dtype = self._specs[name].dtype
+        if dtype is torch.float8_e4m3fn and self._scale_format:
+            weight, scale = fp8.quantize(rows, scale_format=self._scale_format, name=name)
+            self._writer.put_rows(name, weight)
+            self._writer.put_rows(name + fp8.SCALE_SUFFIX, scale)
+            return
+        value = rounded(name, rows, dtype)
+        for stored in (name, *rule.copies):
+            self._writer.put_rows(stored, value)
 
     def close(self) -> list[Record]:
         self._closed = True
@@ -245,11 +252,19 @@ class _Part:
         self._source, self._dtype = source, dtype
         self._writer = PartWriter(path)
 
-    def put(self, rule: Rule, tensors: Sequence[torch.Tensor]) -> None:
+    def put(self, rule: Rule) -> None:
         place = self._source.places.places[rule.megatron]
         dtype = output_dtype(rule, self._source, self._dtype)
-        for piece, block in zip(place.pieces, _blocks(rule, tensors, place.pieces), strict=True):
-            self._writer.put(piece, rounded(rule.megatron, block, dtype).reshape(piece.shape))
+        for piece, stripes in zip(place.pieces, self._stripes(rule, place), strict=True):
+            self._writer.put_rows(piece, dtype, (rounded(rule.megatron, stripe, dtype) for stripe in stripes))
+
+    def _stripes(self, rule: Rule, place: Place) -> Sequence[Iterable[torch.Tensor]]:
+        """The numbers of each piece, in blocks."""
+        if one_to_one(rule, place):
+            return self._source.stripes(rule)
+        whole = rule.join(self._source.read(rule))
+        width = whole[0].numel()
+        return [[block] for block in whole.split([math.prod(piece.shape) // width for piece in place.pieces])]
 
     def close(self) -> list[Record]:
         return self._writer.close()
@@ -293,16 +308,6 @@ def corrected_config(hf: HFConfig, dtype: torch.dtype) -> HFConfig:
 def write_config(folder: Path, config: HFConfig) -> None:
     """Write `config.json`."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _blocks(rule: Rule, tensors: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
-    """The rows of each piece; without joining the tensors first where each is a piece."""
-    sizes = [torch.Size(piece.shape).numel() for piece in pieces]
-    if rule.groups == 1 and sizes == [tensor.numel() for tensor in tensors]:
-        return tensors
-    whole = rule.join(tensors)
-    width = whole[0].numel()
-    return whole.split([size // width for size in sizes])
 
 
 def _grouped(rules: Sequence[Rule], nbytes: Any, limit: int) -> list[list[Rule]]:

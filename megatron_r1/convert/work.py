@@ -78,7 +78,7 @@ class Work:
             if self._stop.is_set():
                 return
             with self._budget.hold(cost(source, rule)):
-                sink.put(rule, source.read(rule))
+                sink.put(rule)
             self._display.advance(target.nbytes(rule))
         with opened.lock:
             opened.left -= 1

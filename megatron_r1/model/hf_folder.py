@@ -1,6 +1,7 @@
 """A Hugging Face model folder: `config.json` and safetensors, read lazily and written whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -111,6 +112,21 @@ class TensorReader:
         if entry.dtype is not torch.float8_e4m3fn:
             return value
         return fp8.dequantize(value, self._scale(name), torch.bfloat16, self._block)
+
+    def stripes(self, name: str) -> Iterator[torch.Tensor]:
+        """`self[name]` in blocks of rows, which begin where blocks of FP8 do, this folder's and DeepSeek's.
+
+        Raises:
+            KeyError, DataError: as above.
+        """
+        entry = self._where[name]
+        scale = self._scale(name) if entry.dtype is torch.float8_e4m3fn else None
+        for start, stop in self.spec(name).stripes(math.lcm(fp8.BLOCK[0], self._block[0])):
+            rows = read(entry.rows(start, stop))
+            if scale is not None:
+                scales = scale[start // self._block[0] : -(-stop // self._block[0])]
+                rows = fp8.dequantize(rows, scales, torch.bfloat16, self._block)
+            yield rows
 
     def spec(self, name: str) -> Spec:
         """Dtype and shape of what `self[name]` gives, from the headers."""

@@ -2,7 +2,8 @@
 
 Layout: 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`, then the tensors
 without gaps. Files are read and written, not mapped: mapped pages count as the process's memory for as long as the
-system likes, and a truncated file would kill the process instead of raising.
+system likes, and a truncated file would kill the process instead of raising. Large tensors can be read and written in
+stripes of rows, which stay in a core's caches on their way.
 """
 
 import itertools
@@ -10,8 +11,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,6 +48,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the reference reader's own limit
 _MAX_AXES, _MAX_SIZE = 64, 2**63 - 1  # torch's
 _METADATA = "__metadata__"
+STRIPE_BYTES = 2**21
+"""Of a tensor that is read in stripes, about so much at a time."""
+_AHEAD_BYTES = 2 * STRIPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,16 @@ class Spec:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def stripes(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """Consecutive blocks of rows, each from the first of the pair up to the second.
+
+        Args:
+            multiple: all but the last have a multiple of so many rows.
+        """
+        rows, block = (self.shape or (1,))[0], multiple * math.prod(self.shape[1:]) * self.dtype.itemsize
+        step = multiple * max(1, STRIPE_BYTES // max(1, block))
+        return ((row, min(row + step, rows)) for row in range(0, max(1, rows), step))
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -73,6 +87,13 @@ class Entry:
     offset: int
     """In the file, of its first byte."""
     nbytes: int
+
+    def rows(self, start: int, stop: int) -> "Entry":
+        """Some of its rows, as a tensor of their own."""
+        if (start, stop) == (0, (self.shape or (1,))[0]):
+            return self
+        row, shape = self.nbytes // self.shape[0], (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row, nbytes=(stop - start) * row)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -99,7 +120,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read(entry: Entry) -> torch.Tensor:
-    """A tensor's values in fresh memory.
+    """A tensor's values in fresh memory. What stands behind them in the file is asked of the disk ahead.
 
     Raises:
         DataError: the file cannot be read, or has become shorter than its header says.
@@ -110,6 +131,7 @@ def read(entry: Entry) -> torch.Tensor:
     try:
         descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            os.posix_fadvise(descriptor, entry.offset + entry.nbytes, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             while done < entry.nbytes:
                 count = os.preadv(descriptor, [view[done:]], entry.offset + done)
                 if not count:
@@ -144,7 +166,7 @@ class Writer:
         self.path, self._specs = path, dict(specs)
         header, self._offsets, size = _layout(self._specs, metadata or {})
         self._reuse = reuse
-        self._missing, self._lock = set(self._specs), threading.Lock()
+        self._missing, self._lock = {name: spec.nbytes for name, spec in specs.items()}, threading.Lock()
         self._turn = threading.Lock()  # the kernel lets threads spin while another writes to the file
         try:
             emptied = 0 if reuse else os.O_TRUNC
@@ -165,21 +187,31 @@ class Writer:
             DataError: the name is unknown or was put before, dtype or shape differ from its spec, or the disk is full.
         """
         spec = self._specs.get(name)
+        if spec and tuple(tensor.shape) != spec.shape:
+            raise self._misfit(name, tensor, spec)
+        self.put_rows(name, tensor)
+
+    def put_rows(self, name: str, rows: torch.Tensor) -> None:
+        """Write the next rows of a tensor, from the first to the last; one thread a tensor.
+
+        Raises:
+            DataError: as `put`, or there are more rows than the tensor has.
+        """
+        spec = self._specs.get(name)
         if spec is None:
             raise DataError(f"{self.path} has no place for a tensor {name}")
-        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise DataError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, but {self.path} has a place for "
-                f"{spec.dtype} {list(spec.shape)}"
-            )
+        if (rows.dtype, tuple(rows.shape[1:])) != (spec.dtype, spec.shape[1:]):
+            raise self._misfit(name, rows, spec)
         with self._lock:
-            if name not in self._missing:
+            missing = self._missing.pop(name, -1)
+            if missing < rows.nbytes:
                 raise DataError(f"{self.path}: tensor {name} was given twice")
-            self._missing.remove(name)
+            if missing > rows.nbytes:
+                self._missing[name] = missing - rows.nbytes
         try:
-            self._write(_bytes(tensor.detach().cpu().contiguous()), self._offsets[name])
+            self._write(_bytes(rows.detach().cpu().contiguous()), self._offsets[name] + spec.nbytes - missing)
         except BaseException:
-            self._missing.add(name)  # or `close` would take what stands there now for the tensor
+            self._missing[name] = missing  # or `close` would take what stands there now for the tensor
             raise
 
     def close(self) -> None:
@@ -236,6 +268,12 @@ class Writer:
             os.ftruncate(self._descriptor, size)
         except OSError as error:
             raise self._failed(error) from error
+
+    def _misfit(self, name: str, tensor: torch.Tensor, spec: Spec) -> DataError:
+        return DataError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, but {self.path} has a place for "
+            f"{spec.dtype} {list(spec.shape)}"
+        )
 
     def _failed(self, error: OSError) -> DataError:
         return DataError(f"cannot write {self.path}: {error.strerror}")

@@ -70,6 +70,10 @@ class Source(Protocol):
         """
         return [[tensor] for tensor in self.read(rule)]
 
+    def striped(self, rule: Rule) -> bool:
+        """Whether `stripes` never holds a whole tensor."""
+        return False
+
     def stored(self, rule: Rule) -> list[Spec]:
         """Every tensor that a rule uses, as it is stored: scales and copies too."""
         ...
@@ -117,6 +121,10 @@ class HuggingFaceSource(Source):
         entries = [self._reader.stored[name] for name in names]
         entries += [entry for name in names if (entry := self._reader.stored.get(name + SCALE_SUFFIX))]
         return [Spec(entry.dtype, entry.shape) for entry in entries]
+
+    def striped(self, rule: Rule) -> bool:
+        """Always."""
+        return True
 
     def _compared(self, rule: Rule, stripes: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The first tensor of a rule, bit for bit what stands under every other name that it has."""
@@ -187,10 +195,14 @@ class MegatronSource(Source):
     def stripes(self, rule: Rule) -> list[Iterable[torch.Tensor]]:
         """The tensors of a rule in blocks of rows, where Megatron's are not to be cut."""
         place = self._place(rule)
-        if not one_to_one(rule, place):
+        if not self.striped(rule):
             return super().stripes(rule)
         shapes = hf_shapes(rule, place)
         return [self._stripes(piece, shape) for piece, shape in zip(place.pieces, shapes, strict=True)]
+
+    def striped(self, rule: Rule) -> bool:
+        """Where each of Megatron's pieces is one of the tensors."""
+        return one_to_one(rule, self._place(rule))
 
     def _stripes(self, piece: Piece, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         axis = len(piece.shape) - len(shape)

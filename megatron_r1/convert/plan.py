@@ -15,13 +15,16 @@ from megatron_r1.convert.progress import gigabytes
 from megatron_r1.convert.target import Part, Target
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.family import Rule
-from megatron_r1.model.fp8 import dequantize
+from megatron_r1.model.fp8 import BLOCK, dequantize
+from megatron_r1.model.safetensors_file import Spec
 
 BUDGET = 2**30
 """Bytes of tensors that all workers together hold; a rule that needs more is converted alone."""
 BASE = 2**30
 """Bytes of a process that holds no tensor: Python, torch, Megatron, the plan of the largest models."""
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_STRIPES = 6
+"""How many of a size a stripe takes: as stored, as read, as rounded, and the float32 numbers of quantising."""
 _SHOWN = 5
 _ROOM = 2**24
 """Bytes for headers, index, metadata and tokenizer."""
@@ -53,7 +56,7 @@ def make_plan(source: Source, target: Target, workers: int) -> Plan:
         DataError: the source does not fit its `config.json`; see `check`.
     """
     stored = [spec for rule in source.rules for spec in source.stored(rule)]
-    costs = sorted((cost(source, rule) for rule in source.rules), reverse=True)
+    costs = sorted((cost(source, target, rule) for rule in source.rules), reverse=True)
     return Plan(
         source=source,
         target=target,
@@ -67,10 +70,14 @@ def make_plan(source: Source, target: Target, workers: int) -> Plan:
     )
 
 
-def cost(source: Source, rule: Rule) -> int:
-    """Bytes that a rule takes while it is converted: as stored, as read, and once more as joined or rounded."""
-    read = sum(source.spec(name).nbytes for name in rule.hf)
-    return 2 * read + max(spec.nbytes for spec in source.stored(rule))
+def cost(source: Source, target: Target, rule: Rule) -> int:
+    """Bytes that a rule takes while it is converted: a few stripes of rows, or where tensors are joined or cut all of
+    it as stored, as read, and once more as joined or rounded.
+    """
+    specs = [source.spec(name) for name in rule.hf]
+    if source.striped(rule) and target.striped(rule):
+        return _STRIPES * max(map(_stripe_nbytes, specs))
+    return 2 * sum(spec.nbytes for spec in specs) + max(spec.nbytes for spec in source.stored(rule))
 
 
 def check(source: Source, any_dtype: bool) -> None:
@@ -147,6 +154,11 @@ def predicted_seconds(plan: Plan, output: Path, workers: int) -> float:
 def standing(path: Path) -> Path:
     """The nearest folder above `path` that exists."""
     return next(folder for folder in path.absolute().parents if folder.is_dir())
+
+
+def _stripe_nbytes(spec: Spec) -> int:
+    _, rows = next(spec.stripes(BLOCK[0]))
+    return spec.nbytes * rows // max(1, spec.shape[0])
 
 
 def _check_names(source: Source) -> None:

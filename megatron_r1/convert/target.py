@@ -71,6 +71,10 @@ class Target(Protocol):
         """How many tensors a rule makes."""
         ...
 
+    def striped(self, rule: Rule) -> bool:
+        """Whether it never holds a whole tensor of a rule if the source gives it in stripes."""
+        ...
+
     def parts(self) -> list[Part]:
         """All files with tensors, in the order of the rules."""
         ...
@@ -112,6 +116,10 @@ class HuggingFaceTarget:
     def count(self, rule: Rule) -> int:
         """Copies and scales included."""
         return len(self._specs[rule.megatron])
+
+    def striped(self, rule: Rule) -> bool:
+        """Always."""
+        return True
 
     def parts(self) -> list[Part]:
         """The shards."""
@@ -173,13 +181,15 @@ class _Shard:
 
     def put(self, rule: Rule) -> None:
         for name, stripes in zip(rule.hf, self._source.stripes(rule), strict=True):
+            row = 0
             for stripe in stripes:
-                self._put(rule, name, stripe)
+                self._put(rule, name, stripe, row)
+                row += len(stripe)
 
-    def _put(self, rule: Rule, name: str, rows: torch.Tensor) -> None:
+    def _put(self, rule: Rule, name: str, rows: torch.Tensor, row: int) -> None:
         dtype = self._specs[name].dtype
         if dtype is torch.float8_e4m3fn and self._scale_format:
-            weight, scale = fp8.quantize(rows, scale_format=self._scale_format, name=name)
+            weight, scale = fp8.quantize(rows, scale_format=self._scale_format, name=name, row=row)
             self._writer.put_rows(name, weight)
             self._writer.put_rows(name + fp8.SCALE_SUFFIX, scale)
             return
@@ -225,6 +235,10 @@ class MegatronTarget:
     def count(self, rule: Rule) -> int:
         """Pieces: two for a gated MLP's first matrix."""
         return len(self._places[rule.megatron].pieces)
+
+    def striped(self, rule: Rule) -> bool:
+        """Where Megatron's tensor is not to be joined of several."""
+        return one_to_one(rule, self._places[rule.megatron])
 
     def parts(self) -> list[Part]:
         """Files of about `PART_BYTES`."""

@@ -77,7 +77,7 @@ class Work:
         for rule in task:
             if self._stop.is_set():
                 return
-            with self._budget.hold(cost(source, rule)):
+            with self._budget.hold(cost(source, target, rule)):
                 sink.put(rule)
             self._display.advance(target.nbytes(rule))
         with opened.lock:

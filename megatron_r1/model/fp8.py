@@ -127,6 +127,7 @@ def quantize(
     block: tuple[int, int] = BLOCK,
     scale_format: ScaleFormat = "float32",
     name: str = "the weight",
+    row: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 numbers and their blocks' scales: scale = amax / 448, numbers rounded to nearest, ties to even.
 
@@ -137,6 +138,7 @@ def quantize(
         block: rows and columns that share a scale.
         scale_format: "ue8m0" rounds each scale up to a power of two.
         name: what an error calls the weight.
+        row: of the whole weight, where `weight` is some rows of it; for errors.
 
     Returns:
         Numbers [rows, columns] in e4m3, scales [rows / block rows, columns / block columns] in float32.
@@ -148,15 +150,15 @@ def quantize(
     result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     columns = weight.size(1)
     scratch = torch.empty(min(block[0], weight.size(0)), columns, dtype=torch.float32)
-    for index, row in enumerate(scale):
-        stripe = slice(index * block[0], (index + 1) * block[0])
-        part = weight[stripe]
+    for index, scales in enumerate(scale):
+        first, stop = index * block[0], (index + 1) * block[0]
+        part = weight[first:stop]
         largest = F.pad(part.abs().amax(dim=0).float(), (0, -columns % block[1])).view(-1, block[1]).amax(dim=1)
         if not largest.isfinite().all():
-            raise DataError(f"{name} holds NaN or infinity between the rows {stripe.start} and {stripe.stop - 1}")
-        row.copy_(_scale(largest, scale_format))
-        quotient = scratch[: part.size(0)].copy_(part).div_(row.repeat_interleave(block[1])[:columns])
-        result[stripe] = quotient  # at most 448 (1 + 2^-22), which rounds to 448: nothing to saturate
+            raise DataError(f"{name} holds NaN or infinity between the rows {row + first} and {row + stop - 1}")
+        scales.copy_(_scale(largest, scale_format))
+        quotient = scratch[: part.size(0)].copy_(part).div_(scales.repeat_interleave(block[1])[:columns])
+        result[first:stop] = quotient  # at most 448 (1 + 2^-22), which rounds to 448: nothing to saturate
     return result, scale
 
 

@@ -203,11 +203,12 @@ class Writer:
         if (rows.dtype, tuple(rows.shape[1:])) != (spec.dtype, spec.shape[1:]):
             raise self._misfit(name, rows, spec)
         with self._lock:
-            missing = self._missing.pop(name, -1)
+            missing = self._missing.get(name, -1)
             if missing < rows.nbytes:
                 raise DataError(f"{self.path}: tensor {name} was given twice")
-            if missing > rows.nbytes:
-                self._missing[name] = missing - rows.nbytes
+            self._missing[name] -= rows.nbytes
+            if missing == rows.nbytes:
+                del self._missing[name]
         try:
             self._write(_bytes(rows.detach().cpu().contiguous()), self._offsets[name] + spec.nbytes - missing)
         except BaseException:

@@ -29,15 +29,15 @@ from megatron_r1.convert import target, verbs
 
 verb, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 target.SMALL_PART_BYTES = 40_000
-read, count = source.HuggingFaceSource.read, iter(range(10**9))
+stripes, count = source.HuggingFaceSource.stripes, iter(range(10**9))
 
 def hang(self, rule):
     if next(count) == 50:
         print("stands still", flush=True)
         time.sleep(600)
-    return read(self, rule)
+    return stripes(self, rule)
 
-source.HuggingFaceSource.read = hang
+source.HuggingFaceSource.stripes = hang
 if verb == "cast":
     verbs.run_cast(CastConfig(source=folder, output=output, dtype="float32", max_shard_bytes=40_000, workers=1))
 else:

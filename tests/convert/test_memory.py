@@ -1,4 +1,4 @@
-"""Layers with the tensors of DeepSeek-V3 at their true size are converted in bounded memory."""
+"""Layers with the tensors of DeepSeek-V3 at their true size are converted in less memory than they take."""
 
 import json
 import subprocess
@@ -46,15 +46,15 @@ def write_holes(folder: Path, hf: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+def test_memory_is_bounded(tmp_path: Path) -> None:
     hf = json.loads(V3.read_text())
     hf |= {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "vocab_size": 2048}
     hf |= {"n_routed_experts": 16, "n_group": 8, "topk_group": 4}
     write_holes(tmp_path / "hf", hf)
-    # So many workers would hold most of it at once if no budget bound them.
+    # So many workers would hold most of it at once if they held tensors.
     figures = convert("import", source=tmp_path / "hf", output=tmp_path / "megatron", workers=16)
     assert figures["largest_tensor"] == 2 * 18432 * 7168
-    bound = 2 * GIB + 3 * figures["largest_tensor"]
+    bound = 2 * GIB  # no tensor is joined or cut, so none is ever held whole
     assert figures["bytes_written"] > bound  # a converter that holds the model would not pass
     assert figures["peak_memory"] <= bound
-    assert figures["peak_memory"] <= figures["memory"]  # as predicted
+    assert figures["peak_memory"] <= figures["memory"] <= bound  # as predicted

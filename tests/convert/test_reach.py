@@ -67,7 +67,7 @@ def test_the_whole_of_deepseek_v3_is_planned_from_headers(tmp_path: Path, capsys
     assert (figures["tensors_read"], figures["bytes_read"]) == (TENSORS, BYTES)
     assert bfloat16_bytes() < figures["bytes_written"] < 1.001 * bfloat16_bytes()
     assert figures["largest_tensor"] == 2 * EMBEDDING
-    assert figures["memory"] <= 2 * 2**30 + 3 * figures["largest_tensor"]
+    assert figures["memory"] <= 2 * 2**30
     printed = capsys.readouterr().out
     assert "91,991 tensors, 688,574,839,360 bytes" in printed
     assert "disk     1,365.36 GB needed" in printed

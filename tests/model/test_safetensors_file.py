@@ -222,6 +222,36 @@ def test_writer_refuses_what_its_header_does_not_say(tmp_path: Path) -> None:
             file.put("x", torch.zeros(2, 3, dtype=torch.bfloat16))
 
 
+def test_rows_are_written_and_read_as_the_whole_is(tmp_path: Path) -> None:
+    tensors = {"x": torch.randn(7, 3, 2), "y": torch.randn(4).bfloat16()}
+    save(tmp_path / "whole", tensors)
+    with Writer(tmp_path / "rows", specs(tensors)) as file:
+        for x, y in zip(tensors["x"].split(2), tensors["y"].split(1), strict=True):
+            file.put_rows("x", x)
+            file.put_rows("y", y)
+        with pytest.raises(DataError, match="y was given twice"):
+            file.put_rows("y", tensors["y"][:1])
+    assert (tmp_path / "rows").read_bytes() == (tmp_path / "whole").read_bytes()
+    entry = read_header(tmp_path / "rows")["x"]
+    assert torch.equal(read(entry.rows(2, 5)), tensors["x"][2:5])
+    assert entry.rows(0, 7) == entry
+
+
+def test_rows_that_do_not_make_up_the_tensor(tmp_path: Path) -> None:
+    wanted = {"x": Spec(torch.float32, (3, 2))}
+    file = Writer(tmp_path / "a", wanted)
+    file.put_rows("x", torch.zeros(2, 2))
+    for rows, message in [
+        (torch.zeros(2, 2), "x was given twice"),
+        (torch.zeros(1, 3), r"x is torch.float32 \[1, 3\].*torch.float32 \[3, 2\]"),
+        (torch.zeros(1, 2).half(), r"x is torch.float16"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            file.put_rows("x", rows)
+    with pytest.raises(DataError, match="lacks 1 of its tensors, for example x"):
+        file.close()
+
+
 def test_unfinished_file_is_no_file(tmp_path: Path) -> None:
     wanted = {"x": Spec(torch.bfloat16, (2,)), "y": Spec(torch.bfloat16, (2,))}
     with (

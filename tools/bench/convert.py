@@ -4,9 +4,11 @@
 
 The checkpoint is made on the spot, with pseudo-random weights: a Llama of about 2.5 GB, or whatever `--config`
 describes. Every contender starts with source files that are not in the page cache and ends when its files are on the
-disk (fsync). Conversions and transformers run in a process of their own; imports do not count, all else does, the plan
-and the checks included. `cp` always copies the bfloat16 files: what import and export read and write, and the larger
-side of a cast. Speed is the bytes of these files over the time.
+disk (fsync). Before each turn the disk finishes what it was given (sync), the discarding of what the last turn deleted
+included. Conversions and transformers run in a process of their own; imports do not count, all else does, the plan and
+the checks included. `cp` always copies the bfloat16 files: what import and export read and write, and the larger side
+of a cast. Speed is the bytes of these files over the time. Processor time is that of user and system together; other
+work on the machine changes it less.
 """
 
 import argparse
@@ -51,9 +53,10 @@ kind, run = {
     "export": (config.ExportConfig, verbs.run_export),
     "cast": (config.CastConfig, verbs.run_cast),
 }[sys.argv[1]]
-begin = time.perf_counter()
+begin, used = time.perf_counter(), time.process_time()
 run(kind(**json.loads(sys.argv[2])))
-print(json.dumps({"seconds": time.perf_counter() - begin, "memory": verbs.peak_memory()}))
+seconds, used = time.perf_counter() - begin, time.process_time() - used
+print(json.dumps({"seconds": seconds, "processor": used, "memory": verbs.peak_memory()}))
 """
 TRANSFORMERS = """
 import json, os, sys, time
@@ -62,13 +65,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from megatron_r1.convert.verbs import peak_memory
 
-begin = time.perf_counter()
+begin, used = time.perf_counter(), time.process_time()
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
 for path in Path(sys.argv[2]).iterdir():
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-print(json.dumps({"seconds": time.perf_counter() - begin, "memory": peak_memory()}))
+seconds, used = time.perf_counter() - begin, time.process_time() - used
+print(json.dumps({"seconds": seconds, "processor": used, "memory": peak_memory()}))
 """
 
 
@@ -81,14 +85,15 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.memory: dict[str, float] = {}
+        self.last: dict[str, dict[str, float]] = {}
+        """Figures of each contender's last run: seconds, processor (seconds), memory (GB)."""
 
     def child(self, name: str, source: Path, code: str, *arguments: str) -> float:
-        """Seconds of a program in a process of its own; its memory is kept under `name`."""
-        self.forget(source)
+        """Seconds of a program in a process of its own; the other figures are kept under `name`."""
+        self.settle(source)
         done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True)
         figures = json.loads(done.stdout.splitlines()[-1])
-        self.memory[name] = figures["memory"] / 1e9
+        self.last[name] = figures | {"memory": figures["memory"] / 1e9}
         shutil.rmtree(self.folder / "out")
         return float(figures["seconds"])
 
@@ -105,11 +110,12 @@ class Bench:
         """`cp` and fsync."""
 
         def figure() -> float:
-            self.forget(source)
-            begin = time.perf_counter()
+            self.settle(source)
+            begin, used = time.perf_counter(), processor_seconds()
             subprocess.run(["cp", "-r", source, self.folder / "out"], check=True)
             sync(self.folder / "out")
             seconds = time.perf_counter() - begin
+            self.last["cp"] = {"seconds": seconds, "processor": processor_seconds() - used}
             shutil.rmtree(self.folder / "out")
             return seconds
 
@@ -121,17 +127,22 @@ class Bench:
         subprocess.run([sys.executable, "-c", OURS, verb, text], stdout=subprocess.DEVNULL, check=True)
         return self.folder / name
 
-    def peak(self, name: str) -> Callable[[], float]:
-        """Memory of the contender's last run, GB."""
-        return lambda: self.memory[name]
+    def figure(self, name: str, what: str) -> Callable[[], float]:
+        """Of the contender's last run."""
+        return lambda: self.last[name][what]
 
-    def forget(self, source: Path) -> None:
-        """Drop a folder's files from the page cache."""
+    def settle(self, source: Path) -> None:
+        """Have the disk finish what it was given, and drop a folder's files from the page cache."""
+        os.sync()
         for path in (path for path in source.rglob("*") if path.is_file()):
             descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def sync(folder: Path) -> None:
@@ -150,18 +161,24 @@ def comparisons(bench: Bench, plain: Path, nbytes: int, workers: int) -> list[Co
     cast = bench.ours("cast", "cast", blocks, dtype="bfloat16", **options)
     quantised = bench.ours("quantise", "cast", plain, dtype="fp8", **options)
     rows = [
-        ("import, bfloat16", imported, bench.copy(plain)),
-        ("export, bfloat16", bench.ours("export", "export", megatron, **options), bench.copy(plain)),
-        ("cast, FP8 to bfloat16", cast, bench.copy(plain)),
-        ("cast, bfloat16 to FP8", quantised, bench.copy(plain)),
+        ("import, bfloat16", "import", imported),
+        ("export, bfloat16", "export", bench.ours("export", "export", megatron, **options)),
+        ("cast, FP8 to bfloat16", "cast", cast),
+        ("cast, bfloat16 to FP8", "quantise", quantised),
     ]
 
     def speed(seconds: Callable[[], float]) -> Callable[[], float]:
         return lambda: nbytes / 1e6 / seconds()
 
-    loaded, peaks = bench.transformers(plain), (bench.peak("import"), bench.peak("transformers"))
+    made: list[Comparison] = []
+    for title, name, ours in rows:
+        used = bench.figure(name, "processor"), bench.figure("cp", "processor")
+        made.append(Comparison(title, "MB/s", "cp and fsync", speed(ours), speed(bench.copy(plain)), 0.7))
+        made.append(Comparison("its processor time", "s", "cp and fsync", *used))
+    loaded = bench.transformers(plain)
+    peaks = bench.figure("import", "memory"), bench.figure("transformers", "memory")
     return [
-        *(Comparison(name, "MB/s", "cp and fsync", speed(ours), speed(copy), 0.7) for name, ours, copy in rows),
+        *made,
         Comparison("import, bfloat16", "MB/s", "transformers, load and save", speed(imported), speed(loaded)),
         Comparison("its peak memory", "GB", "transformers, load and save", *peaks),
     ]

@@ -147,9 +147,7 @@ class Fleet:
         if not isinstance(self._dispatch, Refill):
             raise RuntimeError('a flow needs dispatch = "continuous"')
         section = self.section
-        sampling = Sampling(
-            section.temperature, 1.0, section.max_tokens, self._stop_token_ids, section.returns_experts
-        )
+        sampling = Sampling(section.temperature, 1.0, section.max_tokens, self._stop_token_ids, section.returns_experts)
 
         def room(prompt: list[int]) -> int:
             return self._room(0, prompt, sampling)

@@ -1,8 +1,8 @@
 """Runs inside vLLM on CPU: records which experts tokens went to, with vLLM's own recorder, in its older model runner.
 
-vLLM 0.32 records them in Model Runner V2 alone (`--enable-return-routed-experts`), which needs Triton, and Triton has no
-CPU. Its recorder, its store beside the prefix cache and its way through the scheduler know nothing of the runner; they
-are called here where the new runner calls them. Can go when vLLM on CPU takes that option by itself.
+vLLM 0.32 records them in Model Runner V2 alone (`--enable-return-routed-experts`), which needs Triton, and Triton has
+no CPU. Its recorder, its store beside the prefix cache and its way through the scheduler know nothing of the runner;
+they are called here where the new runner calls them. Can go when vLLM on CPU takes that option by itself.
 
 Stands in for `vllm.entrypoints.openai.api_server` on the command line, and for `receiver.Receiver` in the workers.
 """

@@ -1,7 +1,7 @@
 """Which experts an engine has sent tokens to, as a line of JSON carries it.
 
-`numpy.save` in base64, as vLLM's own routes write it: 4/3 bytes for each expert of each layer of each token, or 8/3 with
-more than 256 experts.
+`numpy.save` in base64, as vLLM's own routes write it: 4/3 bytes for each expert of each layer of each token, or 8/3
+with more than 256 experts.
 """
 
 import base64

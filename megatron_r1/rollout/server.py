@@ -181,9 +181,7 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
     return command + section.arguments
 
 
-def base_arguments(
-    section: ServedSection, model: Path, dtype: str, port: int, program: str = API_SERVER
-) -> list[str]:
+def base_arguments(section: ServedSection, model: Path, dtype: str, port: int, program: str = API_SERVER) -> list[str]:
     """What the command line of any vLLM server of ours begins with; `program`: the module that is run."""
     command = [sys.executable, "-m", program]
     command += [f"--model={model.resolve()}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]

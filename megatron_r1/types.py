@@ -14,7 +14,10 @@ A worked example, one question answered by a group of two::
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class Sample:
     weight_spans: list[tuple[int, int]] = field(default_factory=list)
     """Which weights generated which tokens: (version, tokens up to its last one), in order; empty = `weight_version`
     all of them."""
+    routed_experts: "np.ndarray | None" = field(default=None, compare=False)
+    """The experts that the engine sent each token of prompt and response to, the last one excepted, which it was not
+    fed; uint8 or int16, dense layers' numbers mean nothing. None = not recorded. [tokens - 1, layers, experts]"""
 
 
 @dataclass

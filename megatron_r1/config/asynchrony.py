@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
+from megatron_r1.config.engine_arguments import by_name, ranks
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import RolloutSection
 
@@ -24,10 +25,28 @@ class AheadSection(RolloutSection):
     """When an engine takes new weights: at once, so that responses go on with them where they are; or when the groups
     that it has are complete."""
 
+    routing_replay: bool = False
+    """A mixture of experts is trained with the experts that the engine has sent each token to, not with those that the
+    learner's routers would choose (docs/algorithms.md)."""
+
+    @property
+    def returns_experts(self) -> bool:
+        """See `RolloutSection`."""
+        return self.routing_replay
+
     @property
     def ahead(self) -> bool:
         """Whether groups are begun that the next step may not train on."""
         return self.max_staleness > 0 or self.over_sampling > 0
+
+    @model_validator(mode="after")
+    def _recordable(self) -> "AheadSection":
+        if self.routing_replay:
+            if ranks(self.arguments)[1] > 1:
+                raise ValueError("routing_replay: vLLM does not record the experts of engines with pipeline stages")
+            if "no-enable-prefix-caching" in by_name(self.arguments):
+                raise ValueError("routing_replay: vLLM keeps what it records beside the prefix cache, which is off")
+        return self
 
     @model_validator(mode="after")
     def _asynchronous(self) -> "AheadSection":

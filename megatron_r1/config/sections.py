@@ -230,6 +230,11 @@ class RolloutSection(Section):
     """More arguments for `vllm serve`, for example `["--tensor-parallel-size=8"]`."""
 
     @property
+    def returns_experts(self) -> bool:
+        """Whether engines say which experts each token went to."""
+        return False
+
+    @property
     def on_this_machine(self) -> bool:
         """Whether all engines are."""
         hosts = {urlsplit(address).hostname for address in self.addresses}

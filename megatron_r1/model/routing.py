@@ -1,4 +1,4 @@
-"""What a model's routers count of a row: its tokens and not its padding, its sequences one by one.
+"""What a model's routers are told of a row: its tokens and not its padding, its sequences one by one, chosen experts.
 
 megatron-core 0.16.1 takes a packed row for one sequence, so its balance loss would depend on what is packed together;
 under sequence and context parallelism with losses summed over tokens it makes the loss smaller by their sizes
@@ -6,8 +6,9 @@ under sequence and context parallelism with losses summed over tokens it makes t
 """
 
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,70 +19,116 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_r1.model.replay import differing, direct
+
 _LOSS = "seq_aux_loss"
 PADDING = -1
 """Number of the sequence that a position without a token belongs to."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What routers are told of one microbatch, of the positions that this rank's routers see."""
+
+    sequences: torch.Tensor
+    """[positions]"""
+    experts: torch.Tensor | None
+    """[positions, layers, experts a token]"""
+
+    @property
+    def held(self) -> torch.Tensor:
+        """Where tokens stand. [positions]"""
+        return self.sequences != PADDING
+
+
 class Routing:
-    """Tells all routers of a model which sequence each position of a forward pass belongs to.
+    """Tells all routers of a model which sequence each position of a forward pass belongs to, and which experts to use.
 
     Args:
         chunks: the model.
     """
 
     def __init__(self, chunks: Sequence[GPTModel]) -> None:
-        self._sequences: torch.Tensor | None = None
+        self._row: _Row | None = None
         self._here: torch.Tensor | None = None
+        self._told: torch.Tensor | None = None
+        self._differing: dict[int, list[torch.Tensor]] | None = None
         for module in (module for chunk in chunks for module in chunk.modules()):
             if isinstance(module, TopKRouter):
                 module.register_forward_pre_hook(partial(self._arrive, deque()))
+                module.register_forward_hook(self._leave)
                 vars(module)["_apply_seq_aux_loss"] = partial(self._balance, module)
                 vars(module)["_apply_expert_bias"] = partial(self._count, module)
 
     @contextlib.contextmanager
-    def of(self, sequences: torch.Tensor) -> Iterator[None]:
+    def of(self, sequences: torch.Tensor, experts: torch.Tensor | None = None) -> Iterator[None]:
         """For the forward passes inside.
 
         Args:
             sequences: number of each position's sequence, `PADDING` where no token stands, of the tokens that the
                 context-parallel rank holds. [rows, seq]
+            experts: where these tokens go in each layer of the trunk; None = where routers send them.
+                [rows, seq, layers, experts a token]
         """
-        self._sequences = self._mine(sequences)
+        self.follow(sequences, experts)
         try:
             yield
         finally:
-            self._sequences = None
+            self.follow(None)
 
-    def follow(self, sequences: torch.Tensor | None) -> None:
+    def follow(self, sequences: torch.Tensor | None, experts: torch.Tensor | None = None) -> None:
         """For all forward passes until the next call: where a schedule takes layers apart, they come after it.
 
         Args:
             sequences: as of `of`; None = none is under way.
+            experts: as of `of`.
         """
-        self._sequences = None if sequences is None else self._mine(sequences)
+        mine = None if experts is None else self.mine(experts)
+        self._row = None if sequences is None else _Row(self.mine(sequences), mine)
+
+    @contextlib.contextmanager
+    def compared(self) -> Iterator[dict[int, list[torch.Tensor]]]:
+        """Routers choose for themselves inside, whatever they are told.
+
+        Yields:
+            Number of each layer with experts that this rank holds -> where it chose others than it was told, of each
+            microbatch that it was told them of. [microbatches][positions]
+        """
+        self._differing = defaultdict(list)
+        try:
+            yield self._differing
+        finally:
+            self._differing = None
 
     def held(self) -> torch.Tensor | None:
         """Where the router at work has tokens and not padding; None = everywhere. [positions]"""
         return None if self._here is None else self._here != PADDING
 
     @staticmethod
-    def _mine(sequences: torch.Tensor) -> torch.Tensor:
+    def mine(row: torch.Tensor) -> torch.Tensor:
+        """What this rank's routers see, as they see it. [rows, seq, ...] -> [positions, ...]"""
         ranks = parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism deals the positions
-        mine = sequences.transpose(0, 1).chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
-        return mine.reshape(-1)
+        return row.transpose(0, 1).chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()].flatten(0, 1)
 
-    def _arrive(self, waiting: deque[torch.Tensor], router: Any, inputs: Any) -> None:
+    def _arrive(self, waiting: deque[_Row], router: Any, inputs: Any) -> None:
         """A router is about to route.
 
         Where activations are recomputed, the first pass is without gradients and the second comes in the backward pass:
         microbatches go back in the order in which they came.
         """
-        self._here = self._sequences
-        if router.training and self._sequences is not None and not torch.is_grad_enabled():
-            waiting.append(self._sequences)
-        elif self._sequences is None and waiting:
-            self._here = waiting.popleft()
+        row = self._row
+        if router.training and row is not None and not torch.is_grad_enabled():
+            waiting.append(row)
+        elif row is None and waiting:
+            row = waiting.popleft()
+        self._here = None if row is None else row.sequences
+        experts, held = (None, torch.empty(0)) if row is None else (row.experts, row.held)
+        self._told = direct(router, experts, held, replay=self._differing is None)
+
+    def _leave(self, router: Any, inputs: Any, output: Any) -> None:
+        """A router has routed."""
+        if self._differing is not None and self._told is not None and self._here is not None:
+            self._differing[router.layer_number].append(differing(router, self._told, self._here != PADDING))
 
     def _count(self, router: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Tokens of each expert, which the selection bias follows (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""

@@ -36,6 +36,12 @@ METRICS = {
     "entropy": Metric("Entropy, nats", "entropy"),
     "logprob_difference_mean": Metric("Logprob difference, mean", "dlogp", "scientific"),
     "logprob_difference_max": Metric("Logprob difference, max", "dlogp max", "scientific"),
+    "own_routing_difference_mean": Metric(
+        "Logprob difference without routing replay, mean", "unreplayed", "scientific"
+    ),
+    "own_routing_difference_max": Metric("The same, max", "unreplayed max", "scientific"),
+    "rerouted_choices": Metric("Choices of experts that replay changes", "rerouted", "percent"),
+    "rerouted_tokens": Metric("Tokens with such a choice", "rerouted tokens", "percent"),
     "loss": Metric("Loss", "loss"),
     "validation_loss": Metric("Validation loss", "val loss"),
     "mtp_loss": Metric("MTP loss", "mtp"),
@@ -97,7 +103,10 @@ CHARTS = (
     ChartPlan("Entropy", ("entropy",), "of the sampled distribution, nats per token"),
     ChartPlan(
         "Trainer and rollout",
-        ("logprob_difference_mean", "logprob_difference_max"),
+        (
+            *("logprob_difference_mean", "logprob_difference_max"),
+            *("own_routing_difference_mean", "own_routing_difference_max"),
+        ),
         "difference of the log-probability of the same token, nats, log scale",
         log=True,
     ),
@@ -140,6 +149,7 @@ CHARTS = (
         "Engine and learner", ("mismatch_kl", "mismatch_kl_kept"), "KL(engine || learner), nats per token", log=True
     ),
     ChartPlan("Importance weights changed", ("importance_changed",), "share of tokens"),
+    ChartPlan("Routing replay", ("rerouted_choices", "rerouted_tokens"), "share that the learner would send elsewhere"),
     ChartPlan("Routing bias", ("bias_spread",), "largest less smallest of a layer, mean over layers"),
 )
 

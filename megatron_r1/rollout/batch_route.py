@@ -19,6 +19,8 @@ engine core is alive and has nothing ready; a line with an `error`, the last one
     {"prompt": 0, "sample": 1, "tokens": [8, 2], "logprobs": [-0.5, -0.1], "finish_reason": "stop",
      "weight_versions": ["0"], "version_ends": [2]}
 
+With `"routed_experts": true` each has these, too (`routed_experts.py`).
+
 What a client that hangs up has left unfinished is aborted.
 """
 
@@ -30,7 +32,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
@@ -40,9 +42,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from megatron_r1.rollout.engine import SAMPLE_PATH
+from megatron_r1.rollout.routed_experts import encode
 
 BEAT_SECONDS = 5.0
 """Without a response before the engine core is asked for a sign of life."""
+NOT_RECORDING = (
+    "rollout.routing_replay needs engines that say which experts tokens went to: start this one with "
+    "--enable-return-routed-experts"
+)
 GATHER_SECONDS = 0.02
 """Between two chunks of an answer. Each wakes two processes, on CPU at the cost of the engine's threads."""
 
@@ -60,7 +67,11 @@ class BatchRoute:
             await self.app(scope, receive, send)
             return
         request = json.loads(await Request(scope, receive).body())
-        lines = self._lines(scope["app"].state.engine_client, request)
+        engine = scope["app"].state.engine_client
+        if request.get("routed_experts") and not engine.vllm_config.aux_output_config.enable_return_routed_experts:
+            await PlainTextResponse(NOT_RECORDING, 400)(scope, receive, send)
+            return
+        lines = self._lines(engine, request)
         await StreamingResponse(lines, media_type="application/x-ndjson")(scope, receive, send)
 
     async def _lines(self, engine: AsyncLLM, request: dict[str, Any]) -> AsyncIterator[str]:
@@ -140,6 +151,7 @@ async def _finished(index: int, number: int, collector: RequestOutputCollector) 
         "finish_reason": completion.finish_reason,
         "weight_versions": [span.version for span in completion.weight_versions],
         "version_ends": [span.end for span in completion.weight_versions],
+        **({} if completion.routed_experts is None else {"routed_experts": encode(completion.routed_experts)}),
     }
 
 

@@ -30,6 +30,8 @@ class Sampling:
     """Longest response, tokens."""
     stop_token_ids: tuple[int, ...]
     """A response ends with (and contains) the first of these."""
+    routed_experts: bool = False
+    """Whether the engine says to which experts each token went."""
 
 
 class Engine(Protocol):

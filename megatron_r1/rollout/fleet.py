@@ -129,6 +129,7 @@ class Fleet:
             top_p=1.0 if top_p is None else top_p,
             max_tokens=max_tokens or self.section.max_tokens,
             stop_token_ids=self._stop_token_ids,
+            routed_experts=self.section.returns_experts,
         )
         room = [self._room(index, prompt, sampling) for index, prompt in enumerate(prompts)]
         # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
@@ -150,7 +151,8 @@ class Fleet:
         """Groups that are asked one by one while the caller does something else; needs `dispatch = "continuous"`."""
         if not isinstance(self._dispatch, Refill):
             raise RuntimeError('a flow needs dispatch = "continuous"')
-        sampling = Sampling(self.section.temperature, 1.0, self.section.max_tokens, self._stop_token_ids)
+        section = self.section
+        sampling = Sampling(section.temperature, 1.0, section.max_tokens, self._stop_token_ids, section.returns_experts)
 
         def room(prompt: list[int]) -> int:
             return self._room(0, prompt, sampling)

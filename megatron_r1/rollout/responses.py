@@ -8,9 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from megatron_r1.rollout.engine import SAMPLE_PATH, Decode, Sampling
+from megatron_r1.rollout.routed_experts import decode as decode_experts
 from megatron_r1.types import Sample
 
 T = TypeVar("T")
@@ -62,6 +73,8 @@ class Response(BaseModel):
     """Of the weights that its tokens come from."""
     version_ends: list[NonNegativeInt] = []
     """Tokens up to the last one of each of these; empty = one version made all of them."""
+    routed_experts: Annotated[np.ndarray | None, PlainValidator(decode_experts)] = None
+    """Which experts each token went to, where that was asked for. [prompt + response - 1, layers, experts a token]"""
 
 
 class Other(BaseModel):
@@ -159,6 +172,7 @@ def to_sample(response: Response, decode: Decode) -> Sample:
         finished=response.finish_reason == "stop",
         weight_version=min(response.weight_versions),
         weight_spans=list(zip(response.weight_versions, response.version_ends, strict=False)),
+        routed_experts=response.routed_experts,
     )
 
 
@@ -192,6 +206,10 @@ def _check(response: Response, request: Ask, first: int, last: int) -> None:
     ends = response.version_ends or [len(tokens)]
     if len(ends) != len(response.weight_versions) or sorted(ends) != ends or ends[-1] != len(tokens):
         raise GarbageError(f"weights {response.weight_versions} up to tokens {ends} of {len(tokens)}")
+    if request.sampling.routed_experts:
+        fed = len(request.prompts[response.prompt]) + len(tokens) - 1
+        if response.routed_experts is None or len(response.routed_experts) != fed:
+            raise GarbageError(f"a sample without the experts of the {fed} tokens that the engine was fed")
     oldest, newest = min(response.weight_versions), max(response.weight_versions)
     if oldest < first or newest > last:
         raise GarbageError(f"a sample of weights {oldest} to {newest}, but it was given {first} to {last}")

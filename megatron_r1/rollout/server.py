@@ -41,12 +41,14 @@ CLOSE_SECONDS = 5.0
 """In which a server that was killed gives up its port."""
 ServedSection = RolloutSection | RewardModelServerSection | TextServerSection
 """All have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+HEADLESS_MODULE = "megatron_r1.rollout.headless"
+RECORDING_ON_CPU = "megatron_r1.rollout.recording_cpu"
+"""Stands in for `SERVER_MODULE` where vLLM cannot record experts by itself."""
 OWN_EXECUTOR_ARGUMENTS = (
     *("--tensor-parallel", "-tp", "--pipeline-parallel", "-pp", "--data-parallel-size", "-dp"),
     "--distributed-executor",
 )
-SERVER_MODULE = "vllm.entrypoints.openai.api_server"
-HEADLESS_MODULE = "megatron_r1.rollout.headless"
 
 
 class EngineLostError(EngineError):
@@ -169,21 +171,26 @@ def devices(section: RolloutSection, index: int) -> dict[str, str]:
 
 def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cpu: bool) -> list[str]:
     """An engine's command line; the user's own arguments come last, so they win."""
-    command = base_arguments(section, model, dtype, port)
+    recording = RECORDING_ON_CPU if section.returns_experts and on_cpu else None
+    command = base_arguments(section, model, dtype, port, recording or SERVER_MODULE)
     command += [f"--max-model-len={section.max_model_len}"]
     command += ["--skip-tokenizer-init", "--logprobs-mode=processed_logprobs", "--generation-config=vllm"]
     command += ["--middleware=megatron_r1.rollout.batch_route.BatchRoute"]
     command += ["--middleware=megatron_r1.rollout.token_gate.TokenGate"]  # the last one stands outermost
-    command += ["--worker-extension-cls=megatron_r1.rollout.receiver.Receiver"]
+    receiver = f"{recording}.RecordingReceiver" if recording else "megatron_r1.rollout.receiver.Receiver"
+    command += [f"--worker-extension-cls={receiver}"]
+    command += ["--enable-return-routed-experts"] if section.returns_experts else []
     command += [f'--weight-transfer-config={{"backend": "{TRANSPORT}"}}']
     if on_cpu:
         command += cpu_arguments(section, section.max_model_len)
     return command + section.arguments
 
 
-def base_arguments(section: ServedSection, model: Path, dtype: str, port: int) -> list[str]:
-    """What the command line of any vLLM server of ours begins with."""
-    command = [sys.executable, "-m", SERVER_MODULE]
+def base_arguments(
+    section: ServedSection, model: Path, dtype: str, port: int, program: str = SERVER_MODULE
+) -> list[str]:
+    """What the command line of any vLLM server of ours begins with; `program`: the module that is run."""
+    command = [sys.executable, "-m", program]
     command += [f"--model={model.resolve()}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]
     command += [f"--max-num-seqs={section.max_num_seqs}"]
     return [*command, "--disable-log-stats", "--disable-uvicorn-access-log"]

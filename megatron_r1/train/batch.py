@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_r1.data.packing import deal, packs_needed, partition
@@ -22,6 +23,8 @@ class Trajectory:
     response_length: int
     engine_logprobs: list[float] = field(default_factory=list)
     """[response], or empty where no engine sampled it."""
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    """See `Sample.routed_experts`. [prompt + response - 1, layers, experts a token]"""
 
     @property
     def length(self) -> int:
@@ -49,6 +52,8 @@ class MicroBatch:
     """Numbers of the packed sequences in what was cut. [sequences]"""
     padding: torch.Tensor | None = None
     """True where no token stands; None = nowhere. [rows, seq]"""
+    routed_experts: torch.Tensor | None = None
+    """Where the tokens go; None = where the model's routers send them. [rows, seq, layers, experts a token]"""
 
     @property
     def count(self) -> int:
@@ -67,6 +72,7 @@ def trajectories(groups: Sequence[Group]) -> list[Trajectory]:
             tokens=group.prompt_tokens + sample.tokens,
             response_length=len(sample.tokens),
             engine_logprobs=sample.logprobs,
+            routed_experts=sample.routed_experts,
         )
         for group in groups
         for sample in group.samples
@@ -134,7 +140,27 @@ def _pack(samples: Sequence[Trajectory], weights: dict[int, float], share: Share
         segments=torch.arange(len(packed)).repeat_interleave(counts).to(share.device),
     )
     engine_logprobs = torch.tensor([lp for part in packed for lp in part.engine_logprobs], device=share.device)
-    return from_row(row, selected, inputs, share.device, engine_logprobs=engine_logprobs, samples=list(weights))
+    routed = None if (experts := _experts(row, packed)) is None else experts.to(share.device)
+    return from_row(
+        row,
+        selected,
+        inputs,
+        share.device,
+        engine_logprobs=engine_logprobs,
+        samples=list(weights),
+        routed_experts=routed,
+    )
+
+
+def _experts(row: Row, packed: Sequence[Trajectory]) -> torch.Tensor | None:
+    """Of every position of a row, None where they are not known; at padding they mean nothing."""
+    known = [part.routed_experts for part in packed if part.routed_experts is not None]
+    if not known or len(known) < len(packed):
+        return None
+    laid = torch.zeros(1, row.tokens.size(1), *known[0].shape[1:], dtype=torch.from_numpy(known[0]).dtype)
+    for stop, experts in zip(row.stops, known, strict=True):
+        laid[0, stop - len(experts) : stop] = torch.from_numpy(experts)
+    return laid
 
 
 def from_row(
@@ -181,6 +207,11 @@ def attach(minibatch: Minibatch, **values: Sequence[Sequence[float]]) -> Minibat
 
     fields = {name: [packed(micro, known) for micro in minibatch] for name, known in values.items()}
     return with_inputs(minibatch, **fields)
+
+
+def routed_freely(minibatch: Minibatch) -> Minibatch:
+    """The same minibatch for another model than the one that was recorded: its routers choose."""
+    return [replace(micro, routed_experts=None) for micro in minibatch]
 
 
 def by_sample(minibatch: Minibatch, values: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:

@@ -13,7 +13,7 @@ from megatron_r1.loss.value import Value
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import consumed_by_first_rank
-from megatron_r1.train.batch import Minibatch, with_inputs
+from megatron_r1.train.batch import Minibatch, routed_freely, with_inputs
 from megatron_r1.train.policy import Figures
 from megatron_r1.train.scorer import Scorer
 from megatron_r1.types import Sample
@@ -47,11 +47,11 @@ class Critic:
 
     def values(self, batch: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
         """The value before every selected token. One `[selected]` tensor a microbatch."""
-        return [self.scorer.values(minibatch) for minibatch in batch]
+        return [self.scorer.values(routed_freely(minibatch)) for minibatch in batch]
 
     def step(self, batch: Sequence[Minibatch]) -> Figures:
         """Train on a rollout; returns the mean of each figure over its updates."""
-        evened = [self._evened(minibatch) for minibatch in batch]
+        evened = [self._evened(routed_freely(minibatch)) for minibatch in batch]
         passes = [self.scorer.step(minibatch, self.loss) for _ in range(self._section.epochs) for minibatch in evened]
         figures = {name: fmean(part[name] for part in passes) for name in passes[0]}
         renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}

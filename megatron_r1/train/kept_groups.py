@@ -23,11 +23,16 @@ def unpack(packed: dict[str, Any], question: Question, prompt: list[int]) -> Gro
     tokens = packed["tokens"].split(packed["lengths"])
     logprobs = packed["logprobs"].split(packed["lengths"])
     rest = packed["samples"]
-    parts = zip(tokens, logprobs, rest, strict=True)
+    parts = zip(tokens, logprobs, map(_restored, rest), strict=True)
     return Group(question, prompt, [Sample(tokens=t.tolist(), logprobs=lp.tolist(), **more) for t, lp, more in parts])
+
+
+def _restored(rest: dict[str, Any]) -> dict[str, Any]:
+    return rest | ({"routed_experts": rest["routed_experts"].numpy()} if "routed_experts" in rest else {})
 
 
 def _rest(sample: Sample) -> dict[str, Any]:
     names = ("text", "finished", "weight_version", "rewards", "reward", "correct")
     pairs = ("weight_spans", "step_marks", "step_rewards")
-    return {name: getattr(sample, name) for name in (*names, *pairs)}
+    rest = {name: getattr(sample, name) for name in (*names, *pairs)}
+    return rest | ({} if sample.routed_experts is None else {"routed_experts": torch.from_numpy(sample.routed_experts)})

@@ -32,6 +32,7 @@ from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks
 from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.reference import Reference
 from megatron_r1.train.rollouts import Rollouts
+from megatron_r1.train.routing_replay import refuse_unfit, refuse_unrecorded, without_replay
 from megatron_r1.types import Group, Question, Sample
 
 
@@ -57,6 +58,8 @@ class Learner:
         tokenizer = Tokenizer.load(config.tokenizer or config.model.path)
         model = build_model(config.model, config.rollout.max_model_len, head="vocabulary")
         check_tokenizer(model, tokenizer.vocab_size, tokenizer.eos_id)
+        if config.rollout.routing_replay:
+            refuse_unfit(model)
         exam = heldout(config.heldout, config.evaluation.questions)
         policy_steps = config.steps - (config.critic.warmup if config.critic else 0)
         policy = Policy(model, config.optim, policy_steps * config.minibatches, config.rollout.temperature)
@@ -87,6 +90,8 @@ class Learner:
         config, policy = self.config, self.policy
         share = policy.share(config.tokens_per_microbatch)
         seed = stream_seed("minibatches", config.seed, step)
+        if config.rollout.routing_replay:
+            refuse_unrecorded(groups, policy.model)
         batch = list(split(trajectories(groups), config.minibatches, seed, self.loss, share))
         old, entropies = zip(*(policy.logprobs_and_entropies(minibatch) for minibatch in batch), strict=True)
         batch = _with(batch, old_logprobs=old)
@@ -100,8 +105,14 @@ class Learner:
             batch, corrections = corrected(batch, config.correction)
             figures |= corrections
         versions = [sample.weight_version for group in groups for sample in group.samples]
-        own = agreement(batch, versions, step) if config.rollout.ahead else logprob_difference(batch)
-        return batch, own | figures
+
+        def compare(minibatches: list[Minibatch]) -> Figures:
+            ahead = config.rollout.ahead
+            return agreement(minibatches, versions, step) if ahead else logprob_difference(minibatches)
+
+        if config.rollout.routing_replay:
+            figures |= without_replay(policy, batch[0], compare)
+        return batch, compare(batch) | figures
 
     def estimate(self, groups: Sequence[Group], batch: list[Minibatch]) -> tuple[list[Minibatch], Figures]:
         """The minibatches with advantages of all tokens; with a critic, what it should have said, too."""

@@ -100,6 +100,23 @@ class Passes:
         """See `Routing.held`."""
         return self._routing.held() if self._routing else None
 
+    def rerouted(self, minibatch: Minibatch, objective: Objective[T]) -> tuple[list[T], list[torch.Tensor]]:
+        """A forward pass in which routers choose for themselves.
+
+        Returns:
+            What `objective` reported, as `run`; and of each microbatch that says where its tokens go, whether those
+            that this rank's routers see go elsewhere. [layers that this rank holds, tokens]
+        """
+        assert self._routing is not None
+        with self._routing.compared() as found:
+            reports = self.run(minibatch, objective)
+        elsewhere = []
+        for number, micro in enumerate(micro for micro in minibatch if micro.routed_experts is not None):
+            held = self._routing.mine(self._inputs(micro)[1]) != PADDING
+            layers = [layer[number][held] for layer in found.values()]
+            elsewhere.append(torch.stack(layers) if layers else held.new_zeros(0, int(held.sum())))
+        return reports, elsewhere
+
     def row(self, output: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
         """The whole rows that context-parallel ranks hold parts of. [rows, seq]"""
         return context.whole(output, _ends(micro), 1, summed=False) if context.size() > 1 else output
@@ -119,6 +136,10 @@ class Passes:
         flat = torch.cat(list(found)) if found else torch.empty(sum(sizes), device=device())
         _from_last_stage(flat)
         return list(flat.split(list(sizes)))
+
+    def any_stage(self, numbers: torch.Tensor) -> None:
+        """The largest of all pipeline stages, in place."""
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
 
     def total(self, outputs: Sequence[Metrics]) -> dict[str, float]:
         """Sums over the microbatches of all ranks."""
@@ -155,7 +176,7 @@ class Passes:
 
     def _forward(self, micro: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
         inputs, sequences = self._inputs(micro)
-        with self._routing.of(sequences) if self._routing else contextlib.nullcontext():
+        with self._routing.of(sequences, _experts(micro)) if self._routing else contextlib.nullcontext():
             output: torch.Tensor = model(**inputs)
         return output
 
@@ -168,7 +189,7 @@ class Passes:
             )
         inputs, sequences = self._inputs(micro)
         if self._routing:
-            self._routing.follow(sequences)
+            self._routing.follow(sequences, _experts(micro))
         return model.build_schedule_plan(**inputs)
 
     def _inputs(self, micro: MicroBatch) -> tuple[dict[str, Any], torch.Tensor]:
@@ -225,6 +246,13 @@ def _sequences(micro: MicroBatch) -> torch.Tensor:
     lengths = micro.ends.diff().long()
     numbers = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)[None]
     return numbers if micro.padding is None else numbers.masked_fill(micro.padding, PADDING)
+
+
+def _experts(micro: MicroBatch) -> torch.Tensor | None:
+    """Where the tokens of this context-parallel rank go. [rows, seq, layers, experts a token]"""
+    if micro.routed_experts is None or context.size() == 1:
+        return micro.routed_experts
+    return micro.routed_experts[:, context.positions(_ends(micro))]
 
 
 def _packing(micro: MicroBatch) -> PackedSeqParams | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -57,13 +58,13 @@ class TrainedModel:
     @torch.no_grad()
     def outputs(self, minibatch: Minibatch) -> list[torch.Tensor]:
         """What the model says of every selected token, float32. One `[selected]` tensor a microbatch."""
+        return self._on_all_stages(minibatch, self.passes.run(minibatch, self._said))
 
-        def objective(output: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-            said = self._selected(output, micro)
-            return said.sum() * 0, said.float().clone()
-
-        sizes = [micro.selected.numel() for micro in minibatch]
-        return self.passes.tensors(self.passes.run(minibatch, objective), sizes)
+    @torch.no_grad()
+    def rerouted(self, minibatch: Minibatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """`outputs` where routers choose for themselves, and which tokens they send elsewhere: `Passes.rerouted`."""
+        said, elsewhere = self.passes.rerouted(minibatch, self._said)
+        return self._on_all_stages(minibatch, said), elsewhere
 
     def step(self, minibatch: Minibatch, loss: Loss, judge: Judge = refuse_non_finite) -> Figures:
         """One optimizer update that minimises `loss` over the minibatch of all ranks.
@@ -113,6 +114,13 @@ class TrainedModel:
             return value.clone(), metrics  # The schedule may change the value in place.
 
         return self.passes.total(self.passes.run(minibatch, objective))
+
+    def _said(self, output: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        said = self._selected(output, micro)
+        return said.sum() * 0, said.float().clone()
+
+    def _on_all_stages(self, minibatch: Minibatch, said: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.passes.tensors(said, [micro.selected.numel() for micro in minibatch])
 
     def _selected(self, output: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
         return self.passes.row(self.read(output), micro).flatten()[micro.selected]

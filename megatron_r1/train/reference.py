@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_r1.model.mapping import frozen, weights
-from megatron_r1.train.batch import Minibatch
+from megatron_r1.train.batch import Minibatch, routed_freely
 from megatron_r1.train.policy import Policy
 
 
@@ -30,7 +30,7 @@ class Reference:
     def logprobs(self, minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
         """Log-probabilities of the selected tokens under the reference, as `Policy.logprobs` gives them for each."""
         with self._exchanged():
-            return [self._policy.logprobs(minibatch) for minibatch in minibatches]
+            return [self._policy.logprobs(routed_freely(minibatch)) for minibatch in minibatches]
 
     @torch.no_grad()
     def refresh(self, done: int) -> bool:

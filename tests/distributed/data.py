@@ -6,6 +6,7 @@ nothing), and one group's rewards are all the same.
 
 import random
 
+import numpy as np
 import torch
 
 from megatron_r1.train.batch import Trajectory
@@ -51,6 +52,17 @@ def groups(step: int) -> list[Group]:
         ]
         made.append(Group(Question("q", "task", "?", "!"), _tokens(rng, 2, 9), samples))
     return made
+
+
+def recorded(rollout: list[Group], layers: int, experts: int, chosen: int) -> list[Group]:
+    """The same, with distinct experts at random for each token, as an engine would have recorded them."""
+    draw = np.random.default_rng(len(rollout))
+    for group in rollout:
+        for sample in group.samples:
+            length = len(group.prompt_tokens) + len(sample.tokens) - 1
+            order = draw.random((length, layers, experts)).argsort(-1)
+            sample.routed_experts = order[..., :chosen].astype(np.uint8)
+    return rollout
 
 
 def pairs(step: int, whole: bool = False) -> list[Item]:

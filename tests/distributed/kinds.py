@@ -155,6 +155,9 @@ def rl(part: dict[str, Any], seen: Seen) -> dict[str, torch.Tensor]:
     seen["figures"], seen["logprobs"], seen["entropies"] = [], [], []
     for step in (0, 1):
         rollout = data.groups(step)
+        if learner.config.rollout.routing_replay:
+            shape = learner.policy.model.config
+            data.recorded(rollout, shape.num_layers, shape.num_moe_experts, shape.moe_router_topk)
         batch, figures = learner.score(rollout, step)
         for name in ("old_logprobs", "ref_logprobs"):
             scored = [[getattr(micro.inputs, name) for micro in minibatch] for minibatch in batch]

@@ -28,7 +28,7 @@ def in_flight(output: Path, done: int) -> dict[str, Any]:
     return kept
 
 
-@pytest.mark.parametrize("change", ["in_flight", "partial_rollouts", "at_group_borders"])
+@pytest.mark.parametrize("change", ["partial_rollouts", "at_group_borders"])
 def test_killed_and_resumed_every_question_is_trained_on_once(prepared: Path, tmp_path: Path, change: str) -> None:
     output, port = tmp_path / "run", runs.free_port(9700)
     run_file = runs.write(tmp_path / "rl.toml", ahead(prepared, output, port))

@@ -8,6 +8,8 @@ from megatron_r1.config.engine_arguments import by_name, ranks
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import RolloutSection
 
+WeightsChange = Literal["in_flight", "partial_rollouts", "at_group_borders"]
+
 
 class AheadSection(RolloutSection):
     """[rollout] of `rl`: the fleet, and how far it runs ahead of training (`docs/asynchrony.md`)."""
@@ -19,11 +21,12 @@ class AheadSection(RolloutSection):
     """What a step does about groups that it would have to wait for: `wait` for them; `drop` them and ask other
     questions, which prefers short answers; `keep` them for a later step, however stale they are then."""
     over_sampling: NonNegativeInt = 0
-    """Questions asked beyond those that steps have room for, with `late = "drop"`: a step takes the first groups that
-    are complete. At `max_staleness = 0`, too."""
-    weights_change: Literal["in_flight", "at_group_borders"] = "in_flight"
-    """When an engine takes new weights: at once, so that responses go on with them where they are; or when the groups
-    that it has are complete."""
+    """Questions asked beyond those that steps have room for, with `late = "drop"` or `"keep"`: a step takes the first
+    groups that are complete. At `max_staleness = 0`, too."""
+    weights_change: WeightsChange = "in_flight"
+    """What becomes of unfinished responses at new weights. `in_flight`: they go on with them where they are, in the
+    engine. `partial_rollouts`: they come back as far as they are, and go on with them on whichever engine has room; a
+    checkpoint has them. `at_group_borders`: an engine ends the groups that it has before it takes new weights."""
 
     routing_replay: bool = False
     """A mixture of experts is trained with the experts that the engine has sent each token to, not with those that the
@@ -61,8 +64,11 @@ class AheadSection(RolloutSection):
                 f'{asked} above 0 needs dispatch = "continuous": with "batch" an engine gets nothing before all have '
                 "finished what they were given"
             )
-        if self.over_sampling and self.late != "drop":
-            raise ValueError('over_sampling needs late = "drop": of what is asked beyond a step, something is dropped')
+        if self.over_sampling and self.late == "wait":
+            raise ValueError(
+                'over_sampling needs late = "drop" or "keep": with "wait" a step waits for all that is asked, and the '
+                "first groups that are complete are of no use"
+            )
         return self
 
 

@@ -15,6 +15,7 @@ from megatron_r1.config.component import (
     default_rewards,
 )
 from megatron_r1.config.corpus import CorpusSection
+from megatron_r1.config.curriculum import CurriculumSection
 from megatron_r1.config.guard import GuardSection, PretrainGuardSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.schedule import BatchRampSection, Tokens
@@ -162,6 +163,8 @@ class RLConfig(Section):
     heldout: TaskSection
     general: GeneralSection | None = None
     dynamic_sampling: DynamicSamplingSection | None = None
+    curriculum: CurriculumSection | None = None
+    """Draw questions by their pass rates; None = each when its turn comes."""
     rewards: dict[str, RewardComponent] = {}
     """Name -> reward; each has `type`, an optional `weight` (1.0) and the reward's own keys. Default: what the tasks
     of [data], [heldout] and [general] are usually scored by, each by its own."""

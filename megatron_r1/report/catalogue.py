@@ -62,6 +62,7 @@ METRICS = {
     "explained_variance": Metric("Variance that the critic explains", "explained"),
     "zero_advantages": Metric("Samples without advantage", "idle", "percent"),
     "dropped_groups": Metric("Groups dropped", "dropped", "count"),
+    "questions_passed_over": Metric("Questions passed over", "passed over", "count"),
     "margin": Metric("Margin", "margin"),
     "heldout_margin": Metric("Held-out margin", "held-out margin"),
     "heldout_loss": Metric("Held-out loss", "held-out loss"),

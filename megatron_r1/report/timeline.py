@@ -25,6 +25,7 @@ class Box:
     y: float
     width: float
     colour: int
+    """Of the palette of 8; from 8 on they come again, fainter."""
     title: str
 
 
@@ -87,7 +88,7 @@ def draw(rows: Sequence[Row]) -> Timeline | None:
         first, last = max(span.begin, begin), min(span.begin + span.seconds, end)
         width = max((last - first) * scale, THINNEST)
         title = f"{span.lane}, step {step}: {span.name}, {duration(span.seconds)}"
-        return Box(LABEL + (first - begin) * scale, lanes[span.lane], width, colours[span.name] % 8, title)
+        return Box(LABEL + (first - begin) * scale, lanes[span.lane], width, colours[span.name], title)
 
     return Timeline(
         first=shown[0]["step"],
@@ -97,7 +98,7 @@ def draw(rows: Sequence[Row]) -> Timeline | None:
         lanes=list(lanes.items()),
         ticks=[(LABEL + (row["begin"] - begin) * scale, f"step {row['step']}") for row in shown],
         boxes=[box(step, span) for step, span in spans],
-        legend=[(name, colour % 8) for name, colour in colours.items()],
+        legend=list(colours.items()),
     )
 
 

@@ -54,14 +54,14 @@ class Admission:
         max_staleness: k; steps between the weights that begin a group and those that it trains, at most.
         late: what to do about groups that a step has to wait for; "drop" favours short answers, "keep" gives up the
             bound (and counts).
-        extra: groups begun beyond those that steps have room for, with "drop": the first to be complete are taken.
+        extra: groups begun beyond those that steps have room for, not with "wait": the first to be complete are taken.
         steps: of the whole run, beyond which none is begun; None = without end.
     """
 
     def __init__(
         self, batch: int, max_staleness: int, late: Late = "wait", extra: int = 0, steps: int | None = None
     ) -> None:
-        if batch < 1 or max_staleness < 0 or extra < 0 or (extra and late != "drop"):
+        if batch < 1 or max_staleness < 0 or extra < 0 or (extra and late == "wait"):
             raise ValueError(f"batch {batch}, max_staleness {max_staleness}, late {late!r}, extra {extra}")
         self.batch, self.max_staleness, self.late, self.extra, self.steps = batch, max_staleness, late, extra, steps
         self.version = 0
@@ -89,9 +89,12 @@ class Admission:
         if self.version < self.step - self.max_staleness:  # too old for the next step
             return 0
         steps = self.version + self.max_staleness + 1
-        if self.steps is not None:
-            steps = min(steps, self.steps)
-        return max(0, steps * self.batch + self.extra - self._places())
+        if self.steps is None:
+            return max(0, steps * self.batch + self.extra - self._places())
+        room = min(steps, self.steps) * self.batch + self.extra - self._places()
+        if self.late == "keep":  # nothing is dropped, so all that is begun has to find its step
+            room = min(room, self.steps * self.batch - self._places())
+        return max(0, room)
 
     @property
     def ready(self) -> bool:
@@ -165,12 +168,13 @@ class Admission:
             "live": [[group.key, group.version, places.get(group.key)] for group in self.live],
         }
 
-    def restore(self, state: dict[str, Any], saved: Collection[Key]) -> list[Key]:
+    def restore(self, state: dict[str, Any], saved: Collection[Key], begun: Collection[Key] = ()) -> list[Key]:
         """Go on from where a `state` was, with engines that have the weights of that checkpoint.
 
         Args:
             state: of a run with the same batch and bound.
             saved: finished groups whose samples were saved, too.
+            begun: groups that are not finished and of which something was saved: they stay as old as it is.
 
         Returns:
             What has to be sent again, in order, to weights of version `step`: begun and not finished, or not saved.
@@ -180,12 +184,14 @@ class Admission:
         there = [(place, key) for key, _, place in state["live"] if place is not None and key in saved]
         self._finished = {key: None for _, key in sorted(there)}
         self._live = {
-            key: Begun(key, version, sent=True, finished=True) if key in self._finished else Begun(key, self.step)
+            key: Begun(key, version, sent=True, finished=key in self._finished)
+            if key in self._finished or key in begun
+            else Begun(key, self.step)
             for key, version, _ in state["live"]
         }
-        again = [key for key in self._live if key not in self._finished]
-        self._unfinished = Counter({self.step: len(again)})
-        return again
+        again = [group for group in self._live.values() if not group.finished]
+        self._unfinished = Counter(group.version for group in again)
+        return [group.key for group in again]
 
     def _behind(self) -> bool:
         """Whether too many groups that this step and the next ones need are not complete."""

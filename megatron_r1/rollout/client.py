@@ -81,6 +81,10 @@ class Client:
                 f"vLLM at {self.server.url} reports weights {reported!r} after an update to {version}"
             )
 
+    def cut(self) -> None:
+        """Hold the scheduler; all responses that are under way end where they are, and are answered so."""
+        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "abort"})
+
     def set_weight_version(self, version: int) -> None:
         """Name the weights that the server has loaded by itself."""
         self._call("POST", "/update_weight_version", CONTROL_SECONDS, json={"new_version": str(version)})

@@ -19,12 +19,14 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
+from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
 from megatron_r1.report.spans import lane
 from megatron_r1.rollout.client import HEALTH_SECONDS
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.member import Member, Weights
+from megatron_r1.rollout.meters import Busy
 from megatron_r1.rollout.responses import Ask, GarbageError, Response, ask
 from megatron_r1.rollout.server import EngineLostError
 
@@ -81,12 +83,15 @@ class Engines:
         self.watcher: Watcher | None = None
         self.lost = self.returned = self.samples_again = 0
         """Since the fleet began: engines lost, engines that came back, samples that were asked for once more."""
-        self.drain = False
-        """Whether an engine takes new weights only when it has given all that it was asked for."""
+        self.weights_change: WeightsChange = "in_flight"
+        """What becomes of samples that engines have when there are new weights: they go on, they are given back as far
+        as they are, or they are finished first."""
+        self.resumed = 0
+        """Samples that were asked for from where they had been cut."""
         self._draining: set[str] = set()
         self._loading = 0
         """Engines that had drained and load."""
-        self._busy = _Busy()
+        self._busy = Busy()
         for member in members:
             member.version, member.ready = weights.version, True
         self._loop = asyncio.new_event_loop()
@@ -154,7 +159,7 @@ class Engines:
     async def update_weights(self, path: Path, version: int) -> None:
         """Give them new weights; engines that are lost on the way, or before, get these when they come back.
 
-        With `drain` they get them later: each when it has done what it was asked for, and nothing new until then.
+        At group borders they get them later: each when it has done what it was asked for, and nothing new until then.
 
         Raises:
             EngineError: an engine refuses them.
@@ -168,7 +173,7 @@ class Engines:
         for member in ready:
             if self.watcher:
                 self.watcher.held(member)
-        if self.drain:
+        if self.weights_change == "at_group_borders":
             for member in ready:
                 if member.name not in self._draining:
                     self._spawn(self._load_when_done(member))
@@ -193,6 +198,7 @@ class Engines:
             "engines_lost": float(self.lost),
             "engines_returned": float(self.returned),
             "samples_again": float(self.samples_again),
+            "samples_resumed": float(self.resumed),
         }
         by_engine = ((one.name, one.meter.figures() | {"weights": float(one.version)}) for one in self.members)
         return counts | {f"{engine}/{name}": value for engine, found in by_engine for name, value in found.items()}
@@ -213,6 +219,10 @@ class Engines:
     async def _load(self, member: Member) -> None:
         life = member.life
         try:
+            if self.weights_change == "partial_rollouts":
+                await self._cut(member)
+                if member.life != life or not member.ready:
+                    return
             with member.asleep(), lane(member.name):
                 await asyncio.to_thread(member.load, self.weights)
         except EngineLostError as error:
@@ -220,6 +230,25 @@ class Engines:
         else:
             if member.ready and member.life == life and self.watcher:
                 self.watcher.joined(member)
+
+    async def _cut(self, member: Member) -> None:
+        """Have it give back all that it was asked for, as far as it is.
+
+        Raises:
+            EngineLostError: it does not.
+        """
+        life, deadline = member.life, time.monotonic() + self.section.stall_timeout
+        member.cut = True
+        try:
+            with lane(member.name):
+                # Once more for a request that was on its way when the engine was told.
+                while member.meter.queue and member.life == life and member.ready:
+                    if time.monotonic() > deadline:
+                        raise EngineLostError(member.server.failure("does not give back what it was asked for"))
+                    await asyncio.to_thread(member.client.cut)
+                    await asyncio.sleep(DRAIN_SECONDS)
+        finally:
+            member.cut = False
 
     async def _load_when_done(self, member: Member) -> None:
         """The newest weights, once nothing is left that the engine was asked for."""
@@ -321,27 +350,8 @@ class _Meanwhile:
     def awake(self) -> float:
         return self.member.awake
 
-
-class _Busy:
-    """How many engines have something to do, over time."""
-
-    def __init__(self) -> None:
-        self._engines, self._area = 0, 0.0
-        self._since = self._began = time.monotonic()
-
-    def change(self, engines: int) -> None:
-        """So many more have."""
-        now = time.monotonic()
-        self._area += self._engines * (now - self._since)
-        self._since = now
-        self._engines += engines
-
-    def mean(self) -> float:
-        """Since the last call."""
-        self.change(0)
-        mean = self._area / max(self._since - self._began, 1e-9)
-        self._area, self._began = 0.0, self._since
-        return mean
+    def cut(self) -> bool:
+        return self.member.cut
 
 
 async def _while_healthy(member: Member, reading: Coroutine[Any, Any, None]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, DataError
@@ -147,7 +148,7 @@ class Fleet:
         finally:
             running.cancel()
 
-    def flow(self, at_group_borders: bool = False) -> Flow:
+    def flow(self, weights_change: WeightsChange = "in_flight") -> Flow:
         """Groups that are asked one by one while the caller does something else; needs `dispatch = "continuous"`."""
         if not isinstance(self._dispatch, Refill):
             raise RuntimeError('a flow needs dispatch = "continuous"')
@@ -157,7 +158,7 @@ class Fleet:
         def room(prompt: list[int]) -> int:
             return self._room(0, prompt, sampling)
 
-        return Flow(self._running, self._dispatch, sampling, self._decode, room, at_group_borders)
+        return Flow(self._running, self._dispatch, sampling, self._decode, room, weights_change)
 
     def idle(self) -> float:
         """See `Engines.idle`."""

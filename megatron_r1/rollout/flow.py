@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines
 from megatron_r1.rollout.refill import Asked, Refill
@@ -66,7 +67,7 @@ class Flow:
         sampling: how all of it is drawn.
         decode: token ids -> text, for `Sample.text`.
         room: longest response to a prompt, tokens.
-        at_group_borders: engines take new weights when the groups that they have are complete, not at once.
+        weights_change: what becomes of responses that are under way when there are new weights.
     """
 
     def __init__(
@@ -76,25 +77,40 @@ class Flow:
         sampling: Sampling,
         decode: Decode,
         room: Callable[[list[int]], int],
-        at_group_borders: bool = False,
+        weights_change: WeightsChange = "in_flight",
     ) -> None:
         self._engines, self._refill, self._room = engines, refill, room
         self._sampling, self._decode = sampling, decode
         self._events: SimpleQueue[Sent | _There | Newer | Failed | None] = SimpleQueue()
-        self._watching = engines.start(self._open(at_group_borders))
+        self._watching = engines.start(self._open(weights_change))
 
-    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None:
+    def submit(
+        self, key: str, prompt: list[int], seeds: list[int], at_least: int, had: Sequence[Response] = ()
+    ) -> None:
         """Ask for a group, of weights of a version or newer.
+
+        Args:
+            key: its name.
+            prompt: token ids.
+            seeds: of each sample.
+            at_least: version of the oldest weights that may answer from here on.
+            had: samples of an earlier run, whole or as far as they were; nothing else of it is there.
 
         Raises:
             DataError: the prompt leaves no room for a response.
         """
         asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling)
+        for response in had:
+            (asked.begun if response.finish_reason == "abort" else asked.there)[response.sample] = response
         self._engines.soon(self._refill.add, _name(key), asked, at_least)
 
     def cancel(self, keys: Sequence[str]) -> None:
         """Groups that are not wanted any more; what has been said of them may still be among the events."""
         self._engines.soon(self._refill.forget, [_name(key) for key in keys])
+
+    def had(self) -> dict[str, list[Response]]:
+        """What there is of groups that are not complete: whole samples, and those that were cut as far as they are."""
+        return self._engines.start(self._had()).result()
 
     def events(self) -> list[Event]:
         """What has happened since the last call, at least one thing; nothing once the flow is closed."""
@@ -121,12 +137,16 @@ class Flow:
     def fail(self, error: Exception) -> None:
         self._events.put(Failed(error))
 
-    async def _open(self, at_group_borders: bool) -> None:
+    async def _had(self) -> dict[str, list[Response]]:
+        mine = [asked for asked in self._refill.asked if asked.owner is self]
+        return {str(one.name): [*one.there.values(), *one.begun.values()] for one in mine if one.there or one.begun}
+
+    async def _open(self, weights_change: WeightsChange) -> None:
         def newer(version: int) -> None:
             self._events.put(Newer(version))
 
         self._refill.newer.append(newer)
-        self._engines.drain = at_group_borders
+        self._engines.weights_change = weights_change
         try:
             self.fail(await self._refill.hopeless())
         finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
 from megatron_r1.rollout.client import Client, wait_until_healthy
+from megatron_r1.rollout.meters import Meter
 from megatron_r1.rollout.server import RemoteServer, Server
 
 START_KEY = "rollout.start_timeout"
@@ -65,6 +66,8 @@ class Member:
         """Why it was lost last."""
         self.awake = -math.inf
         """Since when it has not been loading weights, seconds of `time.monotonic()`; infinite while it does."""
+        self.cut = False
+        """Was it told to give back what it has of responses?"""
         self.meter = Meter()
         self._section = section
         self._start = start
@@ -131,44 +134,3 @@ class Member:
         with self._lock:
             self.server.close()
             self.client.close()
-
-
-class Meter:
-    """How much an engine has to do, and does."""
-
-    def __init__(self) -> None:
-        self.queue = 0
-        """Samples that it was asked for and has not given."""
-        self._tokens = self._responses = 0
-        self._length = 0.0
-        """Mean tokens of a response when there was one last."""
-        self._busy = self._queued = 0.0
-        self._since = time.monotonic()
-
-    def asked(self, samples: int) -> None:
-        """So many samples more are awaited; fewer, if negative."""
-        now = time.monotonic()
-        if self.queue:
-            self._busy += now - self._since
-            self._queued += self.queue * (now - self._since)
-        self._since = now
-        self.queue += samples
-
-    def answered(self, tokens: int) -> None:
-        """A sample of so many is there."""
-        self._tokens += tokens
-        self._responses += 1
-
-    def figures(self) -> dict[str, float]:
-        """While it had something to do, since the last call: tokens/s, and means of the samples that were awaited
-        (`queue`) and of the tokens of so many samples (`outstanding_tokens`).
-        """
-        self.asked(0)
-        busy = self._busy or 1.0
-        if self._responses:
-            self._length = self._tokens / self._responses
-        queue = self._queued / busy
-        found = {"tokens_per_s": self._tokens / busy, "queue": queue, "outstanding_tokens": queue * self._length}
-        self._tokens = self._responses = 0
-        self._busy = self._queued = 0.0
-        return found

@@ -1,10 +1,11 @@
 """Continuous dispatch: the scheduler gives an engine the next group as soon as it has a sequence free.
 
 A group is one request. What an engine that is lost leaves unfinished goes to others; samples that are there are kept.
+So are the beginnings of those that an engine was told to cut: they go on from there, with seeds of their own.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
@@ -13,9 +14,10 @@ from megatron_r1.errors import EngineError
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.member import Member
-from megatron_r1.rollout.responses import Ask, Response
+from megatron_r1.rollout.responses import Ask, Response, joined
 from megatron_r1.rollout.scheduler import Assignment, Scheduler
 from megatron_r1.rollout.server import EngineLostError
+from megatron_r1.seeds import stream_seed
 
 MAX_LOSSES = 8
 """Engines lost with the same group before it is taken for the cause."""
@@ -50,9 +52,32 @@ class Asked:
     max_tokens: int
     sampling: Sampling
     there: dict[int, Response] = field(default_factory=dict)
+    begun: dict[int, Response] = field(default_factory=dict)
+    """Beginnings of samples, by their numbers."""
     losses: int = 0
     """Engines that were lost while they had it."""
     request: "asyncio.Task[None] | None" = None
+
+    def rest(self, samples: Sequence[int]) -> Ask:
+        """What to ask for to have these samples, each from where it was cut.
+
+        As one prompt with a seed for each; where there are beginnings, as a prompt for each.
+        """
+        if not self.begun.keys() & set(samples):
+            seeds = [self.seeds[sample] for sample in samples]
+            return Ask([self.prompt], [seeds], [self.max_tokens], self.sampling, together=False)
+        had = [self.begun[sample].tokens if sample in self.begun else [] for sample in samples]
+        return Ask(
+            prompts=[self.prompt + tokens for tokens in had],
+            # The same stream again would draw the same numbers as for the beginning.
+            seeds=[
+                [stream_seed(self.seeds[sample], "resumed", len(tokens)) if tokens else self.seeds[sample]]
+                for sample, tokens in zip(samples, had, strict=True)
+            ],
+            max_tokens=[self.max_tokens - len(tokens) for tokens in had],
+            sampling=self.sampling,
+            together=False,
+        )
 
 
 @dataclass(eq=False)
@@ -128,8 +153,13 @@ class Refill:
         finally:
             self.forget(keys)
 
+    @property
+    def asked(self) -> Collection[Asked]:
+        """Groups that are not complete. On the loop, as `add` and `forget`."""
+        return self._groups.values()
+
     def add(self, key: str, asked: Asked, at_least: int) -> None:
-        """One more group, for weights of some version or newer. On the loop, as `forget`."""
+        """One more group, for weights of some version or newer."""
         self._scheduler.group_size = self._scheduler.reserve = len(asked.seeds)
         self._queue(key, asked, at_least)
         self._send()
@@ -177,7 +207,8 @@ class Refill:
 
     def _queue(self, key: str, asked: Asked, at_least: int) -> None:
         self._groups[key] = asked
-        self._scheduler.submit(key, len(asked.prompt), len(asked.seeds), asked.max_tokens, at_least)
+        samples, there = len(asked.seeds), asked.there.keys()
+        self._scheduler.submit(key, len(asked.prompt), samples, asked.max_tokens, at_least, there=there)
 
     def _send(self) -> None:
         for assignment in self._scheduler.assign():
@@ -187,15 +218,23 @@ class Refill:
 
     async def _ask(self, assignment: Assignment, asked: Asked) -> None:
         key = str(assignment.key)
-        seeds = [asked.seeds[sample] for sample in assignment.samples]
-        request = Ask([asked.prompt], [seeds], [asked.max_tokens], asked.sampling, together=False)
+        request = asked.rest(assignment.samples)
+        self.engines.resumed += len(asked.begun.keys() & set(assignment.samples))
+        places = [(prompt, number) for prompt, seeds in enumerate(request.seeds) for number in range(len(seeds))]
+        numbers = dict(zip(places, assignment.samples, strict=True))
 
         def take(response: Response) -> None:
-            sample = assignment.samples[response.sample]
-            outcome = self._scheduler.finished(assignment.engine, key, sample, len(response.tokens))
+            sample = numbers[response.prompt, response.sample]
+            whole = joined(asked.begun.get(sample), response)
+            if response.finish_reason == "abort":
+                if whole.tokens:
+                    asked.begun[sample] = whole.model_copy(update={"sample": sample})
+                return
+            outcome = self._scheduler.finished(assignment.engine, key, sample, len(whole.tokens))
             if outcome == "ignored":
                 return
-            asked.there[sample] = response
+            asked.begun.pop(sample, None)
+            asked.there[sample] = whole.model_copy(update={"sample": sample})
             if outcome == "complete":
                 del self._groups[key]
                 asked.owner.complete(asked.name, [asked.there[number] for number in sorted(asked.there)])
@@ -203,6 +242,9 @@ class Refill:
 
         try:
             await self.engines.ask(self._members[assignment.engine], request, take)
+            if self._groups.get(key) is asked:  # some of it was cut
+                self._scheduler.returned(key)
+                self._send()
         except EngineLostError:
             pass  # `left` has put the group back
         except Exception as error:  # an engine that refuses, or a defect: who has asked is told

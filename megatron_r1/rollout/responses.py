@@ -66,10 +66,11 @@ class Response(BaseModel):
     prompt: NonNegativeInt
     """Number of the prompt in the request, as `sample` is among the prompt's seeds."""
     sample: NonNegativeInt
-    tokens: list[NonNegativeInt] = Field(min_length=1)
+    tokens: list[NonNegativeInt]
     logprobs: list[FiniteFloat]
-    finish_reason: Literal["stop", "length"]
-    weight_versions: list[NonNegativeInt] = Field(min_length=1)
+    finish_reason: Literal["stop", "length", "abort"]
+    """`abort`: the engine was told to give back what it has, and there may be no token yet."""
+    weight_versions: list[NonNegativeInt]
     """Of the weights that its tokens come from."""
     version_ends: list[NonNegativeInt] = []
     """Tokens up to the last one of each of these; empty = one version made all of them."""
@@ -97,6 +98,10 @@ class Meanwhile(Protocol):
 
     def awake(self) -> float:
         """Since when it has not been loading weights, seconds of `time.monotonic()`; infinite while it does."""
+        ...
+
+    def cut(self) -> bool:
+        """Whether it was told to give back what it has of responses."""
         ...
 
 
@@ -132,6 +137,8 @@ async def ask(
                 continue
             if (response.prompt, response.sample) not in missing:
                 raise GarbageError(f"a sample that was not asked for, or is there already: {line[:200]}")
+            if response.finish_reason == "abort" and not meanwhile.cut():
+                raise GarbageError(f"a response that it was not told to abort: {line[:200]}")
             _check(response, request, *meanwhile.versions())
             missing.remove((response.prompt, response.sample))
             yield response
@@ -161,6 +168,30 @@ async def _within(work: Coroutine[Any, Any, T], stall: float, meanwhile: Meanwhi
     finally:
         task.cancel()
         await asyncio.wait({task})
+
+
+def joined(begun: Response | None, rest: Response) -> Response:
+    """A response that was cut, and what another request has added to it."""
+    if begun is None:
+        return rest
+    spans = _spans(begun) + [(version, len(begun.tokens) + end) for version, end in _spans(rest)]
+    # Where both sides of the cut are of the same weights, one span is as good as two.
+    spans = [span for span, after in zip(spans, [*spans[1:], (-1, 0)], strict=True) if span[0] != after[0]]
+    return rest.model_copy(
+        update={
+            "tokens": begun.tokens + rest.tokens,
+            "logprobs": begun.logprobs + rest.logprobs,
+            "weight_versions": [version for version, _ in spans],
+            "version_ends": [end for _, end in spans],
+        }
+    )
+
+
+def _spans(response: Response) -> list[tuple[int, int]]:
+    """(version, tokens up to its last one), without those of no token."""
+    ends = response.version_ends or [len(response.tokens)]
+    spans = zip(response.weight_versions, ends, [0, *ends], strict=False)
+    return [(version, end) for version, end, before in spans if end > before]
 
 
 def to_sample(response: Response, decode: Decode) -> Sample:
@@ -193,12 +224,18 @@ def _check(response: Response, request: Ask, first: int, last: int) -> None:
     tokens, longest = response.tokens, request.max_tokens[response.prompt]
     if len(response.logprobs) != len(tokens):
         raise GarbageError(f"{len(response.logprobs)} log-probabilities of {len(tokens)} tokens")
+    if response.finish_reason == "abort" and not tokens:
+        return
+    if not tokens or not response.weight_versions:
+        raise GarbageError(f"a response of {len(tokens)} tokens of weights {response.weight_versions}")
     if max(response.logprobs) > LARGEST_LOGPROB:
         raise GarbageError(f"a log-probability of {max(response.logprobs)}")
-    whole = (
-        tokens[-1] in request.sampling.stop_token_ids if response.finish_reason == "stop" else len(tokens) == longest
-    )
-    if not whole or len(tokens) > longest:
+    ends_well = {
+        "stop": tokens[-1] in request.sampling.stop_token_ids,
+        "length": len(tokens) == longest,
+        "abort": tokens[-1] not in request.sampling.stop_token_ids and len(tokens) < longest,
+    }
+    if not ends_well[response.finish_reason] or len(tokens) > longest:
         raise GarbageError(
             f"a response of {len(tokens)} tokens (at most {longest}) that ended by {response.finish_reason!r} "
             f"with token {tokens[-1]}"

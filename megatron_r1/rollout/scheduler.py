@@ -15,7 +15,7 @@ Each event costs O(log n) of groups and engines.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from types import MappingProxyType
@@ -160,6 +160,7 @@ class Scheduler:
         max_tokens: int,
         at_least: int = 0,
         home: str | None = None,
+        there: Collection[int] = (),
     ) -> None:
         """Queue a group.
 
@@ -170,12 +171,13 @@ class Scheduler:
             max_tokens: longest response.
             at_least: version of the oldest weights that may answer it.
             home: the engine that answered the turn before, for a turn of a conversation; goes before what is new.
+            there: samples that need no answer.
         """
         if key in self._groups or samples < 1:
             raise ValueError(f"group {key!r} of {samples} samples: already queued, or empty")
         self._arrivals += 1
         place = (at_least, 1 if home is None else 0, self._arrivals)
-        group = Group(key, prompt_tokens, max_tokens, set(range(samples)), place)
+        group = Group(key, prompt_tokens, max_tokens, set(range(samples)).difference(there), place)
         self._groups[key] = group
         engine = self._engines.get(home) if home is not None else None
         if engine and not engine.held and engine.version >= at_least:

@@ -37,9 +37,7 @@ class Deal:
     def begin(self) -> str:
         """Takes a question; returns its name."""
         source = self._owed.pop(0) if self._owed else self._next_source()
-        position = self.sources.drawn[source]
-        self.sources.drawn[source] += 1
-        return f"{source}:{position}"
+        return f"{source}:{self.sources.draw(source)}"
 
     def replace(self, key: str) -> None:
         """This one will not be trained on."""
@@ -104,7 +102,7 @@ class Ahead:
         """What is in flight, to be kept with a checkpoint: on the first rank, which writes it, and alone needs it."""
         if not is_first_rank():
             return {}
-        return {IN_FLIGHT: self._feed.state() if self._feed else self._begun}
+        return {IN_FLIGHT: self._feed.state() if self._feed else self._begun} | self._deal.sources.kept()
 
     def restore(self, figures: dict[str, Any]) -> None:
         """Go on from where `state` and `kept` were; or from a synchronous run's checkpoint."""
@@ -125,8 +123,9 @@ class Ahead:
                 taken = feed.take()  # out of the reach of signals: what is taken is trained on
             waited = time.perf_counter() - tick
             here.append(taken)
+            noted = self._deal.sources.note(taken.groups + taken.replaced)
             parts = [(group.prompt_tokens, group.samples) for group in taken.groups]
-            return taken.keys, parts, self._figures(taken, step, waited), self._totals()
+            return taken.keys, parts, self._figures(taken, step, waited) | noted, self._totals()
 
         keys, parts, figures, self._state = collector.at_first_rank(take)
         # Every rank has the questions, and those of code bring megabytes of tests.

@@ -96,7 +96,7 @@ class Collector:
 
     def service(self, seeds: Callable[[str], list[int]]) -> Service:
         """On the first rank: who samples and judges while the learner trains. `seeds`: of the samples of a group."""
-        flow = self._fleet.flow(self._config.rollout.weights_change == "at_group_borders")
+        flow = self._fleet.flow(self._config.rollout.weights_change)
         return Service(flow, lambda question: self._tokenizer.encode_prompt(question.prompt), seeds, self._score)
 
     def opened(self, feed: Feed) -> Feed:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 from megatron_r1.report.rollout_figures import uniform
 from megatron_r1.rollout.admission import Admission
 from megatron_r1.rollout.flow import Complete, Event, Failed, Newer, Sent
+from megatron_r1.rollout.responses import Response
 from megatron_r1.train import kept_groups
 from megatron_r1.types import Group, Question
 
@@ -22,7 +23,11 @@ CLOSE_SECONDS = 5.0
 class Asker(Protocol):
     """What a feed asks of the fleet: see `rollout.flow.Flow`."""
 
-    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None: ...
+    def submit(
+        self, key: str, prompt: list[int], seeds: list[int], at_least: int, had: Sequence[Response] = ()
+    ) -> None: ...
+
+    def had(self) -> dict[str, list[Response]]: ...
 
     def cancel(self, keys: Sequence[str]) -> None: ...
 
@@ -99,9 +104,9 @@ class Feed:
         """For the next step."""
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
-        again = self._restore(begun) if begun else []
-        for key in again:
-            self._send(key, admission.version)
+        again = self._restore(begun) if begun else {}
+        for key, had in again.items():
+            self._send(key, admission.version, had)
         self._fill()
 
     def __enter__(self) -> Self:
@@ -146,20 +151,24 @@ class Feed:
     def state(self) -> dict[str, Any]:
         """What is in flight, for a checkpoint of the weights that all steps taken have made."""
         with self._changed:
+            had = self._service.asker.had()
             return {
                 "ledger": self._admission.state(),
                 "order": self._order.state(),
                 "replacements": self._replacements,
                 "groups": {key: kept_groups.pack(group) for key, group in self._complete.items()},
+                "begun": {key: kept_groups.pack_begun(had[key]) for key in self._begun if key in had},
             }
 
-    def _restore(self, state: dict[str, Any]) -> list[str]:
-        """Returns what has to be asked again."""
+    def _restore(self, state: dict[str, Any]) -> dict[str, list[Response]]:
+        """Returns what has to be asked again, with what there is of it."""
         self._replacements = state["replacements"]
         for key, packed in state["groups"].items():
             question = self._order.question(key)
             self._complete[key] = kept_groups.unpack(packed, question, self._service.prompt(question))
-        return [str(key) for key in self._admission.restore(state["ledger"], self._complete.keys())]
+        begun = {key: kept_groups.unpack_begun(packed) for key, packed in state.get("begun", {}).items()}
+        again = self._admission.restore(state["ledger"], self._complete.keys(), begun.keys())
+        return {str(key): begun.get(str(key), []) for key in again}
 
     def _run(self) -> None:
         try:
@@ -213,8 +222,8 @@ class Feed:
             key = self._order.begin()
             self._send(key, self._admission.begin(key))
 
-    def _send(self, key: str, at_least: int) -> None:
+    def _send(self, key: str, at_least: int, had: Sequence[Response] = ()) -> None:
         question = self._order.question(key)
         prompt = self._service.prompt(question)
         self._begun[key] = Group(question, prompt, [])
-        self._service.asker.submit(key, prompt, self._service.seeds(key), at_least)
+        self._service.asker.submit(key, prompt, self._service.seeds(key), at_least, had)

@@ -1,9 +1,11 @@
-"""Judged groups as a checkpoint keeps them: plain values and tensors, without what the question's position says."""
+"""Groups as a checkpoint keeps them: plain values and tensors, without what the question's position says."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_r1.rollout.responses import Response
 from megatron_r1.types import Group, Question, Sample
 
 
@@ -25,6 +27,24 @@ def unpack(packed: dict[str, Any], question: Question, prompt: list[int]) -> Gro
     rest = packed["samples"]
     parts = zip(tokens, logprobs, map(_restored, rest), strict=True)
     return Group(question, prompt, [Sample(tokens=t.tolist(), logprobs=lp.tolist(), **more) for t, lp, more in parts])
+
+
+def pack_begun(responses: Sequence[Response]) -> list[dict[str, Any]]:
+    """Of a group that is not complete: samples that are, and beginnings of others."""
+    return [
+        response.model_dump()
+        | {
+            "tokens": torch.tensor(response.tokens, dtype=torch.int32),
+            "logprobs": torch.tensor(response.logprobs, dtype=torch.float32),
+        }
+        for response in responses
+    ]
+
+
+def unpack_begun(packed: Sequence[dict[str, Any]]) -> list[Response]:
+    """The same again."""
+    tensors = ("tokens", "logprobs")
+    return [Response(**(one | {name: one[name].tolist() for name in tensors})) for one in packed]
 
 
 def _restored(rest: dict[str, Any]) -> dict[str, Any]:

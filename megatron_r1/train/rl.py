@@ -33,7 +33,7 @@ from megatron_r1.train.learner import Learner
 from megatron_r1.train.memory import in_words, state_bytes
 from megatron_r1.train.mismatch import refuse_above
 from megatron_r1.train.policy import Figures
-from megatron_r1.train.rollouts import IN_FLIGHT
+from megatron_r1.train.rollouts import IN_FLIGHT, PASS_RATES
 from megatron_r1.train.throughput import Throughput
 from megatron_r1.types import Group
 
@@ -179,8 +179,7 @@ def _resume(learner: Learner, checkpoints: Checkpoints, start: int) -> Figures:
     if learner.critic:
         learner.critic.load(start)
     learner.rollouts.restore({"questions_drawn": start * learner.config.questions} | carried)
-    carried.pop(IN_FLIGHT, None)
-    return carried
+    return {name: value for name, value in carried.items() if name not in (IN_FLIGHT, PASS_RATES)}
 
 
 def warn_of_nothing_to_learn(report: Report, groups: list[Group], idle: float, step: int) -> None:

@@ -1,10 +1,12 @@
 """What is asked at each step, and the groups that come of it to be trained on."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.data.pass_rates import PassRates
 from megatron_r1.data.questions import Questions
 from megatron_r1.errors import ConfigError
 from megatron_r1.report.rollout_figures import uniform
@@ -17,6 +19,8 @@ _DRAWN = "questions_drawn"
 """What a checkpoint calls how many questions of [data] were taken; of another source its name comes before."""
 IN_FLIGHT = "in_flight"
 """What a checkpoint calls groups that are begun and not trained on (`ahead.py`)."""
+PASS_RATES = "pass_rates"
+"""What it calls how questions were answered, where that matters ([curriculum])."""
 
 
 @dataclass
@@ -47,15 +51,19 @@ class Sources:
             seed = stream_seed("general", config.seed)
             self._sources["general"] = Questions(config.general, seed, exclude)
         self.drawn = dict.fromkeys(self._sources, 0)
-        """How many questions of each were taken."""
+        """How many questions of each were taken, or passed over."""
+        self._rates = PassRates(config.curriculum, config.seed) if config.curriculum else None
+        self._passed_over = 0
 
     def state(self) -> Figures:
         """How many questions were drawn so far, to be kept with a checkpoint."""
         return {_name(source): float(count) for source, count in self.drawn.items()}
 
-    def restore(self, figures: Figures) -> None:
+    def restore(self, figures: dict[str, Any]) -> None:
         """Go on from where a `state` was."""
         self.drawn = {source: int(figures.get(_name(source), 0)) for source in self.drawn}
+        if self._rates:
+            self._rates.restore(figures.get(PASS_RATES, {}))
 
     def wanted(self, step: int) -> dict[str, int]:
         """Questions of each source in a step's rollout."""
@@ -68,11 +76,31 @@ class Sources:
         [question] = self._sources[source].take(position, 1)
         return question
 
+    def draw(self, source: str) -> int:
+        """Position of the next one; with [curriculum] some are passed over."""
+        while True:
+            position = self.drawn[source]
+            self.drawn[source] += 1
+            if not self._rates or self._rates.asks(self.question(source, position), source, position):
+                return position
+            self._passed_over += 1
+
     def take(self, source: str, count: int) -> list[Question]:
         """The next ones."""
-        first = self.drawn[source]
-        self.drawn[source] += count
-        return [self.question(source, position) for position in range(first, first + count)]
+        return [self.question(source, self.draw(source)) for _ in range(count)]
+
+    def note(self, groups: Sequence[Group]) -> Figures:
+        """These were answered; returns how many were passed over since the last call."""
+        if not self._rates:
+            return {}
+        for group in groups:
+            self._rates.note(group)
+        passed_over, self._passed_over = self._passed_over, 0
+        return {"questions_passed_over": float(passed_over)}
+
+    def kept(self) -> dict[str, Any]:
+        """What to keep with a checkpoint besides `state`, and give to `restore` with it."""
+        return {PASS_RATES: self._rates.state()} if self._rates else {}
 
 
 class Rollouts:
@@ -97,8 +125,8 @@ class Rollouts:
         return self._sources.state()
 
     def kept(self) -> dict[str, Any]:
-        """What else: nothing is in flight between two steps."""
-        return {}
+        """What else; nothing is in flight between two steps."""
+        return self._sources.kept()
 
     def restore(self, figures: dict[str, Any]) -> None:
         """Go on from where a `state` was.
@@ -132,7 +160,7 @@ class Rollouts:
                 (dropped if config.dynamic_sampling and uniform(group) else kept)[source].append(group)
             sampled += groups
         chosen = [group for source, count in wanted.items() for group in (kept[source] + dropped[source])[:count]]
-        figures = self._figures(dropped, len(sampled) / len(chosen))
+        figures = self._figures(dropped, len(sampled) / len(chosen)) | self._sources.note(sampled)
         before, self._returned = self._returned, time.perf_counter()
         seconds = self._returned - tick
         if before is not None:

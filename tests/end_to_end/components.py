@@ -17,6 +17,19 @@ class Digits(Reward):
         return [sum(c.isdigit() for c in sample.text) / (1 + len(sample.text)) for sample in group.samples]
 
 
+class Held(Grpo):
+    """GRPO that waits before a gradient for as long as a file exists."""
+
+    class Config(Grpo.Config):
+        file: Path
+
+    def __call__(self, logprobs: Any, inputs: LossInputs) -> tuple[Any, Metrics]:
+        assert isinstance(self.config, Held.Config)
+        while self.config.file.exists():
+            time.sleep(0.02)
+        return super().__call__(logprobs, inputs)
+
+
 class Announced(Grpo):
     """GRPO that says once, by renaming a file, that an update is under way, and lingers in it."""
 

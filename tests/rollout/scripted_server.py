@@ -2,8 +2,9 @@
 
     python scripted_server.py <port> <folder>
 
-A response is a function of its seed and of the weights: `[weights, seed % 50 + 3, ..., 2]`. What was asked is in
-`<folder>/<port>.asked`; a file `<folder>/<port>.fault` (`{"kind": ..., "after": responses}`) breaks the next request.
+A response is a function of its seed and of the weights: `[weights, seed % 50 + 3, ..., 2]`; one that is under way when
+all is cut comes as its first half. What was asked is in `<folder>/<port>.asked`; a file `<folder>/<port>.fault`
+(`{"kind": ..., "after": responses}`) breaks the next request.
 """
 
 import json
@@ -32,6 +33,12 @@ def response(seed: int, weights: int, longest: int) -> dict[str, Any]:
     return {"tokens": tokens, "logprobs": [-0.5] * len(tokens), "finish_reason": "stop" if stopped else "length"}
 
 
+def first_half(tokens: list[int]) -> dict[str, Any]:
+    """What there is of a response when it is cut."""
+    half = tokens[: len(tokens) // 2]
+    return {"tokens": half, "logprobs": [-0.5] * len(half), "finish_reason": "abort"}
+
+
 def broken(kind: str, answer: dict[str, Any]) -> dict[str, Any]:
     """A response that no working engine gives."""
     changes: dict[str, dict[str, Any]] = {
@@ -39,7 +46,8 @@ def broken(kind: str, answer: dict[str, Any]) -> dict[str, Any]:
         "few_logprobs": {"logprobs": answer["logprobs"][1:]},
         "no_tokens": {"tokens": [], "logprobs": []},
         "too_long": {"tokens": [5] * 99 + [2], "logprobs": [-1.0] * 100},
-        "unfinished": {"finish_reason": "abort"},
+        "unfinished": {"finish_reason": "timeout"},
+        "aborted": {"tokens": [5], "logprobs": [-1.0], "finish_reason": "abort"},
         "early_end": {"tokens": [5, 5], "logprobs": [-1.0, -1.0], "finish_reason": "stop"},
         "old_weights": {"weight_versions": ["-1" if answer["weight_versions"] == ["0"] else "0"]},
         "other_sample": {"sample": answer["sample"] + 1000},
@@ -57,6 +65,8 @@ class Engine:
         self.asked = folder / f"{port}.asked"
         self.weights, self.version = 0, "0"
         self.hung = threading.Event()
+        self.cut = threading.Event()
+        """All responses end where they are."""
 
     def take_fault(self) -> dict[str, Any]:
         """The fault of this request."""
@@ -65,6 +75,8 @@ class Engine:
         fault: dict[str, Any] = json.loads(self.fault.read_text())
         if fault.get("times", 1) > 1:
             self.fault.write_text(json.dumps(fault | {"times": fault["times"] - 1}))
+        elif "then" in fault:
+            self.fault.write_text(json.dumps(fault["then"]))
         else:
             self.fault.unlink()
         return fault
@@ -85,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"weight_version": self.engine.version})
 
     def do_POST(self) -> None:
-        path, size = urlparse(self.path).path, int(self.headers.get("content-length", 0))
+        parsed, size = urlparse(self.path), int(self.headers.get("content-length", 0))
+        path = parsed.path
         body = json.loads(self.rfile.read(size) or b"{}")
         if self.engine.hung.is_set():
             time.sleep(600)
@@ -94,6 +107,10 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/megatron_r1/sample":
             self.sample(body)
             return
+        if path == "/pause" and parsed.query == "mode=abort":
+            self.engine.cut.set()
+        if path == "/resume":
+            self.engine.cut.clear()
         if path == "/update_weights":
             self.engine.weights = int(Path(body["update_info"]["path"]).read_text())
         if path == "/finish_weight_update":
@@ -108,15 +125,19 @@ class Handler(BaseHTTPRequestHandler):
         """Our route."""
         fault, engine = self.engine.take_fault(), self.engine
         with engine.asked.open("a") as file:
-            file.write(json.dumps({"seeds": body["seeds"], "together": body["together"]}) + "\n")
+            file.write(json.dumps({key: body[key] for key in ("prompts", "seeds", "max_tokens", "together")}) + "\n")
         self.send_response(fault.get("status", 200))
         self.end_headers()
-        left = fault.get("after", -1)
+        left, cut = fault.get("after", -1), False
         for prompt, seeds in enumerate(body["seeds"]):
             for sample, seed in enumerate(seeds):
-                time.sleep(fault.get("seconds", SECONDS))
-                said = response(seed, engine.weights, body["max_tokens"][prompt])
-                line = {"prompt": prompt, "sample": sample, **said, "weight_versions": [engine.version]}
+                longest, version = body["max_tokens"][prompt], engine.version
+                begun = {} if cut else response(seed, engine.weights, longest)
+                if begun and not engine.cut.wait(fault.get("seconds", SECONDS)):
+                    said, version = response(seed, engine.weights, longest), engine.version
+                else:
+                    said, cut = first_half(begun.get("tokens", [])), True
+                line = {"prompt": prompt, "sample": sample, **said, "weight_versions": [version] * bool(said["tokens"])}
                 if left == 0 and self.stop(fault["kind"]):
                     return
                 text = json.dumps(broken(fault["kind"], line) if left == 0 else line)

@@ -248,6 +248,49 @@ def test_more_are_begun_and_the_first_are_taken() -> None:
     assert [admission.begin(key) for key in "efgh"] == [1, 1, 1, 1]
 
 
+@given(
+    batch=st.integers(1, 5),
+    staleness=st.integers(0, 4),
+    seed=st.integers(0, 10**6),
+    extra=st.integers(0, 6),
+    steps=st.integers(1, 6),
+)
+@settings(deadline=None)
+def test_what_is_kept_is_trained_on_once_over_sampled_or_not(
+    batch: int, staleness: int, seed: int, extra: int, steps: int
+) -> None:
+    run = Run(Admission(batch, staleness, "keep", extra, steps), random.Random(seed))
+    run.fill()
+    assert run.position == min((staleness + 1) * batch + extra, steps * batch)
+    run.advance(steps)
+    assert sorted(trained(run)) == list(range(steps * batch)), "nothing is thrown away, and nothing is left at the end"
+    assert (run.admission.dropped, len(run.admission.live), run.admission.room) == (0, 0, 0)
+
+
+def test_a_group_stays_as_old_as_what_was_saved_of_it() -> None:
+    """Of "b" a beginning by weights 0 was saved, of "c" nothing."""
+    admission = Admission(1, 2)
+    for key in "abc":
+        admission.begin(key)
+        admission.sent(key, 0)
+    admission.finished("a")
+    admission.take()
+    resumed = Admission(1, 2)
+    assert resumed.restore(json.loads(json.dumps(admission.state())), saved=[], begun=["b"]) == ["b", "c"]
+    resumed.sent("b", 1)
+    resumed.sent("c", 1)
+    resumed.finished("c")
+    assert resumed.take() == Step(1, ["c"]), "there is one more step for what is due at step 2"
+    resumed.published(2)
+    resumed.begin("d")
+    resumed.sent("d", 2)
+    resumed.finished("d")
+    assert resumed.take() is None, "it is waited for"
+    resumed.finished("b")
+    assert resumed.take() == Step(2, ["b"])
+    assert resumed.staleness == {0: 2, 2: 1}
+
+
 def test_discarded_groups_are_replaced() -> None:
     """Dynamic sampling: a group whose rewards are all equal makes room for another."""
     admission = Admission(1, 0)

@@ -37,7 +37,7 @@ SCRIPT = Path(__file__).with_name("scripted_server.py")
 PROMPTS = [[1, number + 3] for number in range(8)]
 GARBAGE = (
     *("nan", "few_logprobs", "no_tokens", "too_long", "unfinished", "early_end"),
-    *("old_weights", "other_sample", "positive", "malformed", "error", "cut"),
+    *("old_weights", "other_sample", "positive", "malformed", "error", "cut", "aborted"),
 )
 
 
@@ -54,15 +54,19 @@ class ScriptedFleet(Fleet):
         command = [sys.executable, str(SCRIPT), str(port), str(self.folder)]
         return Server(command, {"MEGATRON_R1_ENGINE_TOKEN": self._token}, port, self.folder / f"{index}.log", "port")
 
-    def breaks(self, engine: int, kind: str, after: int = 0, **more: float) -> None:
-        """The engine's next request goes wrong."""
+    def breaks(self, engine: int, kind: str, after: int = 0, **more: Any) -> None:
+        """The engine's next request goes wrong; as `then` says, the one after it."""
         fault = {"kind": kind, "after": after, **more}
         (self.folder / f"{self.section.port + engine}.fault").write_text(json.dumps(fault))
 
+    def requests(self, engine: int) -> list[dict[str, Any]]:
+        """Every request that an engine has got."""
+        file = self.folder / f"{self.section.port + engine}.asked"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def asked(self, engine: int) -> list[list[list[int]]]:
         """Seeds of every request that an engine has got."""
-        file = self.folder / f"{self.section.port + engine}.asked"
-        return [json.loads(line)["seeds"] for line in file.read_text().splitlines()] if file.exists() else []
+        return [request["seeds"] for request in self.requests(engine)]
 
     def process(self, engine: int) -> psutil.Process:
         """The server itself."""

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.flow import Complete, Event, Failed, Flow, Newer, Sent
+from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from tests.rollout.scripted_server import response
@@ -44,8 +46,8 @@ class Told:
 
 
 @contextmanager
-def flowing(fleet: Fleet, at_group_borders: bool = False) -> Iterator[Told]:
-    flow = fleet.flow(at_group_borders)
+def flowing(fleet: Fleet, weights_change: WeightsChange = "in_flight") -> Iterator[Told]:
+    flow = fleet.flow(weights_change)
     try:
         yield Told(flow)
     finally:
@@ -97,13 +99,72 @@ def test_in_flight_a_group_goes_on_with_new_weights(opened: Open, tmp_path: Path
     assert told.complete["data:0"][-1].weight_version == 1
 
 
+def begun_by_old_weights(number: int, sample: int) -> list[int]:
+    """What the scripted engine has of a sample when it is cut."""
+    whole: list[int] = response(seeds(number)[sample], 0, 50)["tokens"]
+    return whole[: len(whole) // 2]
+
+
+def test_partial_rollouts_go_on_where_they_were_with_new_weights(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    """The engine is at the first sample of each of two groups; others of theirs, and the third group, are not begun."""
+    fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
+    fleet.breaks(0, "slow", after=-1, seconds=600.0, times=2)
+    with flowing(fleet, "partial_rollouts") as told:
+        submit(told.flow, 0, 1, 2)
+        told.until(lambda: {Sent("data:0", 0), Sent("data:1", 0)} <= set(told.events))
+        wait_for(lambda: len(fleet.asked(0)) == 2)
+        push(fleet, tmp_path, 1)
+        told.until(lambda: len(told.complete) == 3)
+    for number in (0, 1):
+        first, *others = told.complete[f"data:{number}"]
+        begun = begun_by_old_weights(number, 0)
+        again = stream_seed(seeds(number)[0], "resumed", len(begun))
+        assert first.tokens == begun + response(again, 1, 50 - len(begun))["tokens"]
+        assert len(first.logprobs) == len(first.tokens)
+        assert (first.weight_version, first.weight_spans) == (0, [(0, len(begun)), (1, len(first.tokens))])
+        assert [one.tokens for one in others] == [response(seed, 1, 50)["tokens"] for seed in seeds(number)[1:]]
+        assert {one.weight_version for one in others} == {1}
+        [request] = [one for one in fleet.requests(0)[2:] if one["prompts"][0][:2] == [1, number + 3]]
+        assert request["prompts"] == [[1, number + 3, *begun], [1, number + 3], [1, number + 3]]
+    assert {one.weight_version for one in told.complete["data:2"]} == {1}
+    figures = fleet.figures()
+    assert (figures["engines_lost"], figures["samples_resumed"], figures["samples_again"]) == (0, 2, 0)
+
+
+def test_beginnings_outlive_their_engine_and_their_flow(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    """The engine gives back what it has, dies while it loads, and is asked again; then another flow goes on."""
+    fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
+    slow = {"kind": "slow", "after": -1, "seconds": 600.0}
+    fleet.breaks(0, **slow, then={"kind": "die", "then": slow | {"times": 2}})  # twice: the load counts, too
+    begun = begun_by_old_weights(0, 0)
+    with flowing(fleet, "partial_rollouts") as told:
+        submit(told.flow, 0)
+        wait_for(lambda: len(fleet.asked(0)) == 1)
+        assert told.flow.had() == {}
+        push(fleet, tmp_path, 1)
+        wait_for(lambda: len(fleet.asked(0)) == 2)
+        had = told.flow.had()
+        told.flow.cancel(["data:0"])
+    assert fleet.figures()["engines_lost"] == 1
+    [response_] = had["data:0"]
+    assert (response_.sample, response_.tokens, response_.weight_versions) == (0, begun, [0])
+    with flowing(fleet, "partial_rollouts") as told:
+        told.flow.submit("data:0", [1, 3], seeds(0), 1, had["data:0"])
+        told.until(lambda: bool(told.complete))
+    first, *others = told.complete["data:0"]
+    again = stream_seed(seeds(0)[0], "resumed", len(begun))
+    assert first.tokens == begun + response(again, 1, 50 - len(begun))["tokens"]
+    assert first.weight_spans == [(0, len(begun)), (1, len(first.tokens))]
+    assert [one.tokens for one in others] == [response(seed, 1, 50)["tokens"] for seed in seeds(0)[1:]]
+
+
 def test_at_group_borders_the_push_returns_and_running_groups_keep_their_weights(
     opened: Open,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
     fleet.breaks(0, "slow", after=-1, seconds=3.0)
-    with flowing(fleet, at_group_borders=True) as told:
+    with flowing(fleet, "at_group_borders") as told:
         submit(told.flow, 0, 1, 2)  # one that runs, one that the engine has in reserve, one that waits
         told.until(lambda: Sent("data:1", 0) in told.events)
         push(fleet, tmp_path, 1)
@@ -181,13 +242,15 @@ def test_a_prompt_without_room_is_refused(opened: Open) -> None:  # noqa: F811
         told.flow.submit("data:0", [5] * 128, [1], 0)
 
 
+@pytest.mark.parametrize("change", ["in_flight", "partial_rollouts"])
 def test_a_response_is_of_the_old_weights_up_to_a_token_and_of_the_new_from_there(
+    change: WeightsChange,
     fleets: tuple[Fleet, Fleet],
     models: tuple[Path, Path],
     reference: Callable[[Path, list[int], list[int], float], torch.Tensor],
     tmp_path: Path,
 ) -> None:
-    """Real engines: weights come while responses run, which are computed again by them and go on."""
+    """Real engines: weights come while responses run, which go on with them in the engine, or are sent there again."""
     fleet = fleets[0]
     sync = SharedMemorySync(fleet, tmp_path)
     weights = [load_file(model / "model.safetensors") for model in models]
@@ -195,7 +258,7 @@ def test_a_response_is_of_the_old_weights_up_to_a_token_and_of_the_new_from_ther
     fleet.feed("continuous")
     try:
         prompts = {f"data:{number}": prompt for number, prompt in enumerate(make_prompts(1000, seed=5))}
-        with flowing(fleet) as told:
+        with flowing(fleet, change) as told:
             for number, (key, prompt) in enumerate(prompts.items()):  # more than can be done before the push
                 told.flow.submit(key, prompt, [10 * number, 10 * number + 1], 0)
             told.until(lambda: bool(told.complete))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from megatron_r1.rollout.flow import Complete, Event, Newer, Sent
+from megatron_r1.rollout.responses import Response
 from megatron_r1.types import Sample
 
 Answer = Callable[[str, int], list[Sample]]
@@ -19,6 +20,8 @@ class Script:
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.version = 0
+        self.beginnings: dict[str, list[Response]] = {}
+        """Of groups that are asked, as far as they are."""
         self.asked: dict[str, int] = {}
         """Groups that are not answered, and the version that each needs."""
         self.history: list[str] = []
@@ -26,17 +29,24 @@ class Script:
         self.cancelled: list[str] = []
         self._events: SimpleQueue[list[Event]] = SimpleQueue()
 
-    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None:
+    def submit(
+        self, key: str, prompt: list[int], seeds: list[int], at_least: int, had: Sequence[Response] = ()
+    ) -> None:
         assert key not in self.asked, "asked twice"
         assert prompt
         assert seeds
         self.asked[key] = at_least
         self.history.append(key)
+        if had:
+            self.beginnings[key] = list(had)
 
     def cancel(self, keys: Sequence[str]) -> None:
         self.cancelled += keys
         for key in keys:
             self.asked.pop(key, None)
+
+    def had(self) -> dict[str, list[Response]]:
+        return {key: had for key, had in self.beginnings.items() if key in self.asked}
 
     def events(self) -> list[Event]:
         return self._events.get()

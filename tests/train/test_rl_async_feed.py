@@ -15,6 +15,7 @@ from megatron_r1.config.runs import RLConfig
 from megatron_r1.errors import EngineError
 from megatron_r1.rollout.admission import Admission, Late
 from megatron_r1.rollout.flow import Failed
+from megatron_r1.rollout.responses import Response
 from megatron_r1.train.ahead import Deal
 from megatron_r1.train.feed import Feed, Service, Taken
 from megatron_r1.train.rollouts import Rollouts, Sources
@@ -214,6 +215,37 @@ def test_complete_groups_are_kept_with_all_that_they_have(stack: ExitStack) -> N
     assert again.samples[0].text == "data:3 by 1"
 
 
+def beginning(key: str, sample: int) -> Response:
+    """What a fleet has of a group that is not complete."""
+    number = int(key.partition(":")[2])
+    return Response(
+        prompt=0,
+        sample=sample,
+        tokens=[number, 7],
+        logprobs=[-0.25, -1.5],
+        finish_reason="abort",
+        weight_versions=[0],
+        version_ends=[2],
+    )
+
+
+def test_beginnings_are_kept_and_asked_to_go_on(stack: ExitStack) -> None:
+    """Of group 1 there is one; of group 0, which is trained on, there was one."""
+    run = Run(stack)
+    run.script.beginnings = {key: [beginning(key, 2)] for key in data(0, 1)}
+    run.script.complete(*data(2, 0))
+    assert run.step() == data(0, 2)
+    state = run.feed.state()
+    assert list(state["begun"]) == data(1)
+    resumed = Run(stack, through_a_file(state))
+    assert list(resumed.script.asked.items()) == [(key, 1) for key in data(1, 3, 4, 5)]
+    assert resumed.script.beginnings == {"data:1": [beginning("data:1", 2)]}
+    ages = {one.key: one.version for one in resumed.admission.live}
+    assert ages == dict(zip(data(1, 3, 4, 5), (0, 1, 1, 1), strict=True)), "it is as old as its beginning"
+    again = Run(stack, through_a_file(resumed.feed.state()))
+    assert again.script.beginnings == resumed.script.beginnings, "saved once more before anything has come of it"
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("late", ["wait", "drop"])
 def test_killed_again_and_again_every_question_is_trained_on_once_or_dropped(
@@ -282,7 +314,7 @@ def test_a_synchronous_run_refuses_groups_in_flight() -> None:
     [
         ({"dispatch": "batch"}, 'max_staleness above 0 needs dispatch = "continuous"'),
         ({"max_staleness": 0, "over_sampling": 2, "dispatch": "batch"}, "over_sampling above 0 needs dispatch"),
-        ({"over_sampling": 2}, 'over_sampling needs late = "drop"'),
+        ({"over_sampling": 2}, 'over_sampling needs late = "drop" or "keep"'),
         ({"max_staleness": 0, "late": "keep"}, "late = 'keep' goes with max_staleness above 0"),
     ],
 )

@@ -1,5 +1,7 @@
 """What is asked at each step: positions, general prompts from their step on, and what dynamic sampling replaces."""
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -98,6 +100,56 @@ def test_a_resumed_run_asks_what_an_undisturbed_one_does() -> None:
         state = resumed
     assert answering.rounds == first.rounds
     assert state.state() == undisturbed.state()
+
+
+class Learning(Answering):
+    """Of ten problems numbers 0 to 3 are always answered right, 4 and 5 sometimes, the others never."""
+
+    def answers(self, question: Question, n: int) -> list[Sample]:
+        number = int(question.answer)
+        verdicts = [number < 4 or (number < 6 and sample == 0) for sample in range(n)]
+        return [Sample([1], [0.0], "", True, 0, reward=float(right), correct=right) for right in verdicts]
+
+    @property
+    def asked(self) -> list[list[str]]:
+        return [names for names, _ in self.rounds]
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> dict[str, Any]:
+    rows = [json.dumps({"problem": f"Say {number}.", "answer": str(number)}) for number in range(10)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(rows))
+    return {"task": {"type": "math", "source": str(tmp_path / "problems.jsonl")}}
+
+
+def test_in_later_epochs_questions_are_asked_by_their_pass_rates(problems: dict[str, Any]) -> None:
+    """The first epoch asks all ten; then 4 and 5 have all their turns, and the others some."""
+    section = config(data=problems, questions=5, curriculum={"floor": 0.2}, rewards={"accuracy": {"type": "accuracy"}})
+    rollouts, answering = Rollouts(section, frozenset()), Learning()
+    groups = [sample(rollouts, answering, step).groups for step in range(40)]
+    asked = Counter(int(group.question.answer) for part in groups[2:] for group in part)
+    assert sorted(int(group.question.answer) for part in groups[:2] for group in part) == list(range(10))
+    epochs = rollouts.state()["questions_drawn"] / 10 - 1
+    assert all(asked[number] == pytest.approx(epochs, abs=1) for number in (4, 5))
+    rest = sum(asked[number] for number in (0, 1, 2, 3, 6, 7, 8, 9)) / 8
+    assert 0.1 < rest / epochs < 0.3
+    assert rollouts.state()["questions_drawn"] > 40 * 5
+
+
+def test_a_resumed_run_draws_by_the_same_pass_rates(problems: dict[str, Any]) -> None:
+    section = config(data=problems, questions=5, curriculum={"floor": 0.2}, rewards={"accuracy": {"type": "accuracy"}})
+    undisturbed, first = Rollouts(section, frozenset()), Learning()
+    for step in range(12):
+        sample(undisturbed, first, step)
+    state, answering = Rollouts(section, frozenset()), Learning()
+    for step in range(12):
+        resumed = Rollouts(section, frozenset())
+        resumed.restore(json.loads(json.dumps(state.state() | state.kept())))
+        sample(resumed, answering, step)
+        state = resumed
+    assert answering.asked == first.asked
+    without = Rollouts(config(data=problems, questions=5), frozenset())
+    assert without.kept() == {}
 
 
 def test_general_prompts_come_from_their_step_on_in_their_share() -> None:

@@ -14,6 +14,7 @@ from megatron_r1.config.component import (
     build,
     default_rewards,
 )
+from megatron_r1.config.conversation import ConversationSection, check_tools
 from megatron_r1.config.corpus import CorpusSection
 from megatron_r1.config.guard import GuardSection, PretrainGuardSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
@@ -176,6 +177,8 @@ class RLConfig(Section):
     reference: ReferenceSection = ReferenceSection()
     correction: CorrectionSection = CorrectionSection()
     rollout: AheadSection
+    conversation: ConversationSection | None = None
+    """Tools that the model may call within a response; None = a response is one turn."""
     evaluation: EvaluationSection = EvaluationSection()
     optim: OptimSection
     parallel: ParallelSection = ParallelSection()
@@ -238,6 +241,11 @@ class RLConfig(Section):
                         f"`rewards` of [{section}] or of a member names {name!r}{nearest(name, self.rewards)}, which "
                         f"[rewards] does not have; it has {', '.join(self.rewards)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _tools_are_there(self) -> "RLConfig":
+        check_tools(self.conversation, self.tasks)
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.rollout.client import wait_until_healthy
+from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.flow import Flow
@@ -21,7 +22,7 @@ from megatron_r1.rollout.responses import to_sample
 from megatron_r1.rollout.server import RemoteServer, Server, engine_server, read_config
 from megatron_r1.rollout.shares import Shares
 from megatron_r1.seeds import stream_seed
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 
 class Fleet:
@@ -37,6 +38,7 @@ class Fleet:
         dtype: what the engines compute in, "float32" or "bfloat16".
         decode: token ids -> text, for `Sample.text`.
         version: version of the weights in `model`.
+        conversation: what answers the model within responses, where `stream` is given questions; ends with the fleet.
 
     Raises:
         EngineError: a port is in use, or a server died at start or was not ready in time.
@@ -45,7 +47,14 @@ class Fleet:
     """
 
     def __init__(
-        self, section: RolloutSection, model: Path, run_dir: Path, dtype: str, decode: Decode, version: int = 0
+        self,
+        section: RolloutSection,
+        model: Path,
+        run_dir: Path,
+        dtype: str,
+        decode: Decode,
+        version: int = 0,
+        conversation: Conversation | None = None,
     ) -> None:
         self.section = section
         self.version = version
@@ -54,15 +63,19 @@ class Fleet:
         self._stop_token_ids = stop_token_ids(model)
         self._token = _token(section)
         self._engines: Engines | None = None
+        self._conversation = conversation
         self._members: list[Member] = []
         weights = Weights(version)
         try:
+            if conversation:
+                conversation.prepare()
             for index in range(len(section.addresses) or section.engines):
                 self._members.append(Member(f"engine-{index}", section, partial(self.server, index), self._token))
             wait_until_healthy([member.client for member in self._members], section.start_timeout, START_KEY)
             for member in self._members:
                 member.load(weights)
             self._engines = Engines(self._members, section, weights)
+            self._engines.conversation = conversation
             self.feed(section.dispatch)
         except BaseException:  # Ctrl-C and SIGTERM too
             self.close()
@@ -117,6 +130,7 @@ class Fleet:
         temperature: float | None = None,
         top_p: float | None = None,
         max_tokens: int | None = None,
+        questions: Sequence[Question] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """See `Engine.stream`."""
         sampling = Sampling(
@@ -128,7 +142,7 @@ class Fleet:
         room = [self._room(index, prompt, sampling) for index, prompt in enumerate(prompts)]
         # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
         seeds = [[stream_seed(seed, index, sample) for sample in range(n)] for index in range(len(prompts))]
-        work = Work(list(prompts), seeds, room, sampling)
+        work = Work(list(prompts), seeds, room, sampling, list(questions) if questions else None)
         running = self._running.start(self._dispatch.run(work))
         running.add_done_callback(lambda _: work.arrived.put(None))
         try:
@@ -165,14 +179,21 @@ class Fleet:
         """See `Engines.figures`."""
         return self._running.start(self._running.figures()).result()
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """See `Conversation.counters`."""
+        return dict(self._conversation.counters) if self._conversation else {}
+
     def close(self) -> None:
-        """Stop every server of the run; may be called more than once."""
+        """Stop every server of the run, and its tools; may be called more than once."""
         for member in self._members:
             member.terminate()  # all at once, so that they end in parallel
         if self._engines:
             self._engines.close()
         for member in self._members:
             member.close()
+        if self._conversation:
+            self._conversation.close()
 
     @property
     def _running(self) -> Engines:

@@ -12,7 +12,7 @@ from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines
 from megatron_r1.rollout.refill import Asked, Refill
 from megatron_r1.rollout.responses import Response, to_sample
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,15 @@ class Flow:
         self._events: SimpleQueue[Sent | _There | Newer | Failed | None] = SimpleQueue()
         self._watching = engines.start(self._open(at_group_borders))
 
-    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None:
-        """Ask for a group, of weights of a version or newer.
+    def submit(
+        self, key: str, prompt: list[int], seeds: list[int], at_least: int, question: Question | None = None
+    ) -> None:
+        """Ask for a group, of weights of a version or newer; the question is for the tools of a conversation.
 
         Raises:
             DataError: the prompt leaves no room for a response.
         """
-        asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling)
+        asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling, question)
         self._engines.soon(self._refill.add, _name(key), asked, at_least)
 
     def cancel(self, keys: Sequence[str]) -> None:

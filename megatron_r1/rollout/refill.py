@@ -16,6 +16,7 @@ from megatron_r1.rollout.member import Member
 from megatron_r1.rollout.responses import Ask, Response
 from megatron_r1.rollout.scheduler import Assignment, Scheduler
 from megatron_r1.rollout.server import EngineLostError
+from megatron_r1.types import Question
 
 MAX_LOSSES = 8
 """Engines lost with the same group before it is taken for the cause."""
@@ -49,6 +50,8 @@ class Asked:
     """Of each sample."""
     max_tokens: int
     sampling: Sampling
+    question: Question | None = None
+    """For the tools of a conversation."""
     there: dict[int, Response] = field(default_factory=dict)
     losses: int = 0
     """Engines that were lost while they had it."""
@@ -113,9 +116,8 @@ class Refill:
         keys = [f"{number}.{index}" for index in range(len(work.prompts))]
         try:
             for index, key in enumerate(keys):
-                asked = Asked(
-                    running, index, work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling
-                )
+                parts = (work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling)
+                asked = Asked(running, index, *parts, work.questions[index] if work.questions else None)
                 self._queue(key, asked, self.engines.weights.version)
             self._send()
             hopeless = asyncio.create_task(self.hopeless())
@@ -189,7 +191,8 @@ class Refill:
     async def _ask(self, assignment: Assignment, asked: Asked) -> None:
         key = str(assignment.key)
         seeds = [asked.seeds[sample] for sample in assignment.samples]
-        request = Ask([asked.prompt], [seeds], [asked.max_tokens], asked.sampling, together=False)
+        questions = [asked.question] if asked.question else None
+        request = Ask([asked.prompt], [seeds], [asked.max_tokens], asked.sampling, False, questions)
 
         def take(response: Response) -> None:
             sample = assignment.samples[response.sample]

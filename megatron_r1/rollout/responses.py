@@ -8,7 +8,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from megatron_r1.rollout.engine import SAMPLE_PATH, Decode, Sampling
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 CONNECT_SECONDS = 10.0
 LARGEST_LOGPROB = 1e-3
@@ -31,6 +31,8 @@ class Ask:
     sampling: Sampling
     together: bool
     """Reproducibly, at the cost of everything else that the engine does."""
+    questions: list[Question] | None = None
+    """What the prompts ask, for the tools of a conversation; None = it is one turn."""
 
     def body(self) -> dict[str, Any]:
         """As the route reads it."""
@@ -57,7 +59,10 @@ class Response(BaseModel):
     weight_versions: list[NonNegativeInt] = Field(min_length=1)
     """Of the weights that its tokens come from."""
     version_ends: list[NonNegativeInt] = []
-    """Tokens up to the last one of each of these; empty = one version made all of them."""
+    """Sampled tokens up to the last one of each of these; empty = one version made all of them."""
+    mask: list[bool] = []
+    """Of a conversation, as is `answer_from`: see `Sample`. Engines do not say these."""
+    answer_from: NonNegativeInt = 0
 
 
 class Other(BaseModel):
@@ -116,6 +121,8 @@ def to_sample(response: Response, decode: Decode) -> Sample:
         finished=response.finish_reason == "stop",
         weight_version=min(response.weight_versions),
         weight_spans=list(zip(response.weight_versions, response.version_ends, strict=False)),
+        mask=response.mask,
+        answer_from=response.answer_from,
     )
 
 
@@ -136,6 +143,8 @@ def _check(response: Response, request: Ask, first: int, last: int) -> None:
     tokens, longest = response.tokens, request.max_tokens[response.prompt]
     if len(response.logprobs) != len(tokens):
         raise GarbageError(f"{len(response.logprobs)} log-probabilities of {len(tokens)} tokens")
+    if response.mask or response.answer_from:
+        raise GarbageError("a response with tokens that it says are a tool's")
     if max(response.logprobs) > LARGEST_LOGPROB:
         raise GarbageError(f"a log-probability of {max(response.logprobs)}")
     whole = (

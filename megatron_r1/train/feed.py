@@ -22,7 +22,7 @@ CLOSE_SECONDS = 5.0
 class Asker(Protocol):
     """What a feed asks of the fleet: see `rollout.flow.Flow`."""
 
-    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None: ...
+    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int, question: Question) -> None: ...
 
     def cancel(self, keys: Sequence[str]) -> None: ...
 
@@ -217,4 +217,4 @@ class Feed:
         question = self._order.question(key)
         prompt = self._service.prompt(question)
         self._begun[key] = Group(question, prompt, [])
-        self._service.asker.submit(key, prompt, self._service.seeds(key), at_least)
+        self._service.asker.submit(key, prompt, self._service.seeds(key), at_least, question)

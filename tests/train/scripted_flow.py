@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from megatron_r1.rollout.flow import Complete, Event, Newer, Sent
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 Answer = Callable[[str, int], list[Sample]]
 """Samples of a group, by its name and the version of the weights."""
@@ -26,7 +26,9 @@ class Script:
         self.cancelled: list[str] = []
         self._events: SimpleQueue[list[Event]] = SimpleQueue()
 
-    def submit(self, key: str, prompt: list[int], seeds: list[int], at_least: int) -> None:
+    def submit(
+        self, key: str, prompt: list[int], seeds: list[int], at_least: int, question: Question | None = None
+    ) -> None:
         assert key not in self.asked, "asked twice"
         assert prompt
         assert seeds

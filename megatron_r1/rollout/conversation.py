@@ -53,11 +53,12 @@ class Conversation:
     def __init__(self, section: ConversationSection, tokenizer: Tokenizer) -> None:
         self._section, self._tokenizer = section, tokenizer
         self._tools = {name: _build(name, part, tokenizer) for name, part in section.tools.items()}
-        ends = [tokenizer.beginning_as_the_end_of(tool.config.end) for tool in self._tools.values()]
-        self._stops = tuple(sorted({token for end in ends for token in end}))
-        marks = {mark for tool in self._tools.values() for mark in (tool.config.begin, tool.config.end)}
-        kept_whole = {token for token in tokenizer.added if len(token.strip()) > 1}
-        self._marks = re.compile("|".join(map(re.escape, sorted({*_TAGS, *marks, *kept_whole}, key=len, reverse=True))))
+        configs = [tool.config for tool in self._tools.values()]
+        stops = [tokenizer.beginning_as_the_end_of(config.end) for config in configs if config.end]
+        self._stops = tuple(sorted({token for end in stops for token in end}))
+        marks = {*_TAGS, *tokenizer.added, *(mark for config in configs for mark in (config.begin, config.end))}
+        longest_first = sorted((mark for mark in marks if len(mark.strip()) > 1), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, longest_first)))
         self._slots = asyncio.Semaphore(section.concurrency)
         self.counters: Counter[str] = Counter(tool_errors=0, tool_timeouts=0)
         """Calls that raised an error, or took too long."""
@@ -140,7 +141,7 @@ class Conversation:
         """The tool that is called, and what with."""
         names = self._tools if talk.question.tools is None else talk.question.tools
         for name in names:
-            if (call := self._tools[name].find(talk.said, ended)) is not None:
+            if (call := self._tools[name].find(talk.said, ended, talk.question)) is not None:
                 return self._tools[name], call
         return None
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from megatron_r1.config.section import Section
 from megatron_r1.types import Question
@@ -19,10 +19,10 @@ class Tool(ABC):
     class Config(Section):
         """How calls and replies are written; a subclass with keys of its own derives from this."""
 
-        begin: str = Field(default="<tool_call>", min_length=1)
+        begin: str = "<tool_call>"
         """Text before a call."""
-        end: str = Field(default="</tool_call>", min_length=1)
-        """Text behind it."""
+        end: str = "</tool_call>"
+        """Text behind it, at which a turn stops; empty = at none, for a class whose `find` waits for whole messages."""
         result: str = "\n<tool_response>\n{output}\n</tool_response>\n"
         """What is appended to a call, the tool's output in the place of `{output}`. With a chat template it ends the
         assistant's message and begins the next."""
@@ -37,14 +37,17 @@ class Tool(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def find(self, said: str, ended: bool) -> str | None:
-        """The call that a turn ends with; None = there is none.
+    def find(self, said: str, ended: bool, question: Question) -> str | None:
+        """The call that a turn ends with; None = there is none, and a message that has ended is the last one.
 
         Args:
             said: what the model has said since the last reply.
-            ended: the turn ended by itself, not at an `end`. A class that replies to every message of the model, as an
-                environment or a user does, looks at this alone.
+            ended: the turn ended by itself, not at an `end`. A class that replies to whole messages of the model, as
+                an environment or a user does, waits for this.
+            question: what is being answered.
         """
+        if not (self.config.begin and self.config.end):
+            return None
         _, begun, rest = said.rpartition(self.config.begin)
         call, closed, after = rest.partition(self.config.end)
         return call if begun and closed and not after.strip() else None

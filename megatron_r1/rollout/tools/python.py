@@ -1,7 +1,5 @@
 """A Python interpreter as a tool: programs that the model writes run in the sandbox."""
 
-from pydantic import Field
-
 from megatron_r1.errors import EngineError
 from megatron_r1.reward.sandbox.choice import SandboxSection, open_executor
 from megatron_r1.reward.sandbox.job import Executor, Program, Run
@@ -22,8 +20,8 @@ class Python(Tool):
     class Config(Tool.Config, SandboxSection):
         """[conversation.tools.<name>] with type = "python": the sandbox's keys (docs/sandbox.md) and these."""
 
-        begin: str = Field(default="```python", min_length=1)
-        end: str = Field(default="```", min_length=1)
+        begin: str = "```python"
+        end: str = "```"
         result: str = "\n```output\n{output}\n```\n"
 
     def __init__(self, config: Config) -> None:

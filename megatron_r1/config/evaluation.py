@@ -180,6 +180,11 @@ class FilterConfig(Section):
         return default_rewards(data.task) if not rewards and data else rewards
 
     @model_validator(mode="after")
+    def _tools_are_there(self) -> "FilterConfig":
+        check_tools(self.pass_rate.conversation if self.pass_rate else None, {"data": self.data})
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_known(self) -> "FilterConfig":
         bounds = self.length and (self.length.min_tokens, self.length.max_tokens)
         if bounds and bounds != (None, None) and not self.tokenizer and not self.pass_rate:

@@ -1,10 +1,12 @@
 """Conversations with real engines and a model that calls: what it says, who has said it, and under which weights."""
 
+import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from megatron_r1.config.conversation import ConversationSection
+from megatron_r1.config.evaluation import EvaluateConfig
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.evaluate import benchmark
 from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.flow import Newer
@@ -165,6 +169,35 @@ def calling_seed(told: Told, prompt: list[int], version: int) -> int:
         if told.complete[f"{seed}"][0].mask:
             return seed
     raise AssertionError("the model never calls")
+
+
+def test_an_evaluation_has_conversations(fleet: Fleet, models: tuple[Path, Path], tmp_path: Path) -> None:
+    source = tmp_path / "sums.jsonl"
+    source.write_text('{"problem": "6 * 7 = ?", "answer": "42"}\n')
+    rollout = fleet.section.model_dump() | {"temperature": 1.0, "top_p": 1.0}
+    tree = {
+        "output": tmp_path / "out", "model": {"path": models[0], "dtype": "float32"}, "rollout": rollout, "samples": 16,
+        "conversation": {"tools": {"python": {"type": "python", **TAGGED}}},
+        "tasks": {"sums": {
+            "template": "r1_zero_short", "task": {"type": "math", "source": str(source)}, "tools": ["python"],
+            "rewards": {"known": {"type": "tests.evaluate.scripted:Known"}},
+        }},
+    }  # fmt: skip
+    config = EvaluateConfig.model_validate(tree)
+    result = benchmark.run(config, lambda *_: nullcontext(fleet))["tasks"]["sums"]
+    [row] = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    texts = [answer["text"] for answer in row["responses"]]
+    assert any(REPLY in text and text.endswith("<answer>42</answer>") for text in texts)
+    assert result["pass@1"] == sum(text.endswith("<answer>42</answer>") for text in texts) / 16
+    replies = [answer for answer in row["responses"] if REPLY in answer["text"]]
+    assert all(answer["tokens"] < len(answer["text"]) for answer in replies), "a token is a letter or a tag"
+    without = EvaluateConfig.model_validate({**tree, "conversation": None, "tasks": _without_tools(tree["tasks"])})
+    benchmark.run(without, lambda *_: nullcontext(fleet))
+    assert REPLY not in (tmp_path / "out/samples.jsonl").read_text(), "answers of another run file"
+
+
+def _without_tools(tasks: Any) -> dict[str, Any]:
+    return {name: {key: value for key, value in task.items() if key != "tools"} for name, task in tasks.items()}
 
 
 def test_the_python_tool_runs_in_the_sandbox(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "gspo": "megatron_r1.loss.gspo:Gspo",
         "ppo": "megatron_r1.loss.ppo:Ppo",
     },
+    "tool": {
+        "python": "megatron_r1.rollout.tools.python:Python",
+    },
     "family": {
         "DeepseekV2ForCausalLM": "megatron_r1.model.families.deepseek_v2:DeepseekV2",
         "DeepseekV3ForCausalLM": "megatron_r1.model.families.deepseek_v3:DeepseekV3",

@@ -34,16 +34,22 @@ class Question:
     metadata: dict[str, Any] = field(default_factory=dict)
     rewards: tuple[str, ...] | None = None
     """Names in the run's [rewards] that score it; None = all."""
+    tools: tuple[str, ...] | None = None
+    """Names in the run's [conversation.tools] that an answer may call; None = all."""
 
 
 @dataclass
 class Sample:
-    """One response of the policy to a question."""
+    """One response of the policy to a question.
+
+    A response in which tools have answered holds their replies among its tokens. What is known of tokens one by one is
+    known of those that were sampled, so `[sampled]` is shorter than `[response]` there and the same elsewhere.
+    """
 
     tokens: list[int]
     """Response token ids as the engine sampled them, end-of-sequence included when it was sampled. [response]"""
     logprobs: list[float]
-    """The engine's log-probability of each sampled token, nats. [response]"""
+    """The engine's log-probability of each sampled token, nats. [sampled]"""
     text: str
     finished: bool
     """True when the response ended by itself, False when it was cut at the length limit."""
@@ -58,20 +64,29 @@ class Sample:
     step_marks: list[tuple[int, float]] = field(default_factory=list)
     """Reasoning steps as a reward marks them: (characters of `text` up to the step's end, reward), in order."""
     step_rewards: list[tuple[int, float]] = field(default_factory=list)
-    """The same by tokens: (number of the step's last token, reward)."""
+    """The same by tokens: (number of the step's last sampled token, reward)."""
     values: list[float] | None = None
-    """The critic's value before each token, where a run has a critic. [response]"""
+    """The critic's value before each token, where a run has a critic. [sampled]"""
     advantages: list[float] = field(default_factory=list)
-    """[response]"""
+    """[sampled]"""
     trainer_logprobs: list[float] | None = None
     """The trainer's log-probability of each token under the policy that sampled it, once it is computed, nats.
-    [response]"""
+    [sampled]"""
     weight_spans: list[tuple[int, int]] = field(default_factory=list)
-    """Which weights generated which tokens: (version, tokens up to its last one), in order; empty = `weight_version`
-    all of them."""
+    """Which weights generated which tokens: (version, sampled tokens up to its last one), in order; empty =
+    `weight_version` all of them."""
     routed_experts: "np.ndarray | None" = field(default=None, compare=False)
     """The experts that the engine sent each token of prompt and response to, the last one excepted, which it was not
     fed; uint8 or int16, dense layers' numbers mean nothing. None = not recorded. [tokens - 1, layers, experts]"""
+    mask: list[bool] = field(default_factory=list)
+    """False = a tool's token, which nothing is learned from; empty = the policy sampled all. [response]"""
+    answer_from: int = 0
+    """Characters of `text` before the message that holds the answer: calls outside the reasoning, and their replies."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy sampled."""
+        return sum(self.mask) if self.mask else len(self.tokens)
 
 
 @dataclass

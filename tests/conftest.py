@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="FILE.py:NAME",
-        help="run tests/contracts on this task, reward or model family instead of the built-in ones; may be repeated",
+        help="run tests/contracts on this task, reward, tool or model family, not on those built in; may be repeated",
     )
     parser.addoption(
         "--model",

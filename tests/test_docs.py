@@ -21,6 +21,12 @@ def test_extending_shows_the_examples(file: str, lines: int) -> None:
     assert len(text.splitlines()) <= lines
 
 
+def test_the_page_of_tools_shows_the_example() -> None:
+    shown = re.findall(r"```python\n(class .*?)```", (ROOT / "docs/tools.md").read_text(), re.DOTALL)
+    assert shown
+    assert all(text in (ROOT / "examples/tools/second_chance.py").read_text() for text in shown)
+
+
 def test_every_example_file_of_the_page_exists() -> None:
     for target in re.findall(r"\]\(\.\./([^)]+)\)", EXTENDING):
         assert (ROOT / target).exists(), target

@@ -37,15 +37,15 @@ class Advantage(ABC):
         Args:
             groups: of one rollout, scored.
             ref_logprobs: log-probabilities of every sample's tokens under the reference policy, in the order of the
-                samples, where `needs_ref_logprobs`. [samples][response]
+                samples, where `needs_ref_logprobs`. [samples][sampled]
         """
 
     def returns(self, groups: Sequence[Group], ref_logprobs: Sequence[Sequence[float]] = ()) -> list[list[float]]:
-        """What the critic should have said before each token, where `needs_values`. [samples][response]"""
+        """What the critic should have said before each token, where `needs_values`. [samples][sampled]"""
         raise TypeError(f"{type(self).__name__} trains no critic")
 
 
 def spread(group: Group, advantages: Sequence[float]) -> None:
     """Give every token of a sample the sample's advantage. `advantages`: [samples]"""
     for sample, advantage in zip(group.samples, advantages, strict=True):
-        sample.advantages = [advantage] * len(sample.tokens)
+        sample.advantages = [advantage] * sample.length

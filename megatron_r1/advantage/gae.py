@@ -58,7 +58,7 @@ class Gae(Advantage):
             _whiten(samples)
 
     def returns(self, groups: Sequence[Group], ref_logprobs: Sequence[Sequence[float]] = ()) -> list[list[float]]:
-        """R_t of every sample, what the critic is trained towards. [samples][response]"""
+        """R_t of every sample, what the critic is trained towards. [samples][sampled]"""
         samples = [sample for group in groups for sample in group.samples]
         targets = []
         for sample, rewards in zip(samples, self._rewards(samples, ref_logprobs), strict=True):
@@ -68,9 +68,9 @@ class Gae(Advantage):
         return targets
 
     def _rewards(self, samples: Sequence[Sample], ref_logprobs: Sequence[Sequence[float]]) -> Iterator[list[float]]:
-        """r_t of every sample. [response]"""
+        """r_t of every sample. [sampled]"""
         for number, sample in enumerate(samples):
-            rewards = [0.0] * len(sample.tokens)
+            rewards = [0.0] * sample.length
             if self.config.kl_coef:
                 assert sample.trainer_logprobs is not None
                 pairs = zip(sample.trainer_logprobs, ref_logprobs[number], strict=True)
@@ -82,7 +82,7 @@ class Gae(Advantage):
 
 
 def generalized_advantages(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> list[float]:
-    """A_t of one sample, from the last token back: A_t = delta_t + gamma lambda A_{t+1}. [response] each."""
+    """A_t of one sample, from the last token back: A_t = delta_t + gamma lambda A_{t+1}. [sampled] each."""
     advantages = [0.0] * len(rewards)
     following, advantage = 0.0, 0.0
     for t in reversed(range(len(rewards))):

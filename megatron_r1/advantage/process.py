@@ -34,4 +34,4 @@ class Process(Advantage):
 def _fill(sample: Sample, normalised: Sequence[float]) -> None:
     ends = [end for end, _ in sample.step_rewards]
     sums = [*accumulate(reversed(normalised), initial=0.0)][::-1]  # of the steps from number j on; 0 of none
-    sample.advantages = [sums[bisect_left(ends, token)] for token in range(len(sample.tokens))]
+    sample.advantages = [sums[bisect_left(ends, token)] for token in range(sample.length)]

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from megatron_r1.config.component import RewardComponent, TaskComponent, default_rewards
+from megatron_r1.config.conversation import check_tools
 from megatron_r1.config.evaluation import NucleusSection, SamplingSection, ServedModelSection
 from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
@@ -181,6 +182,11 @@ class SampleSource(SourceSection, DrawSection):
     def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
         data = info.data.get("data")  # missing where that itself is wrong
         return default_rewards(data.task) if not rewards and data else rewards
+
+    @model_validator(mode="after")
+    def _without_tools(self) -> "SampleSource":
+        check_tools(None, {"data": self.data})
+        return self
 
     @model_validator(mode="after")
     def _thresholds_known(self) -> "SampleSource":

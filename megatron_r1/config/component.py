@@ -87,4 +87,5 @@ def _resolve(kind: str, section: dict[str, Any]) -> tuple[Any, BaseModel]:
 TaskComponent = Annotated[dict[str, Any], AfterValidator(partial(complete, "task"))]
 RewardComponent = Annotated[dict[str, Any], AfterValidator(partial(complete, "reward"))]
 AdvantageComponent = Annotated[dict[str, Any], AfterValidator(partial(complete, "advantage", default="group_relative"))]
+ToolComponent = Annotated[dict[str, Any], AfterValidator(partial(complete, "tool"))]
 LossComponent = Annotated[dict[str, Any], AfterValidator(partial(complete, "loss", default="grpo"))]

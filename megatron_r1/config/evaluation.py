@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from megatron_r1.config.component import RewardComponent, TaskComponent, default_rewards
+from megatron_r1.config.conversation import ConversationSection, check_tools
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import RolloutSection, TaskSection
@@ -51,6 +52,8 @@ class SamplingSection(Section):
     tokenizer: Path | None = None
     """Default: the model folder."""
     rollout: NucleusSection
+    conversation: ConversationSection | None = None
+    """Tools that the model may call within a response; None = a response is one turn."""
     samples: PositiveInt = 8
     """Responses to each question."""
     batch: PositiveInt = 128
@@ -75,6 +78,8 @@ class BenchmarkSection(Section):
     """Default: the task's own, and language consistency. At least one has to judge whether an answer is right."""
     samples: PositiveInt | None = None
     """Default: `samples` of the run."""
+    tools: list[str] | None = None
+    """Names in [conversation.tools] that answers to its questions may call; None = all."""
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -85,7 +90,7 @@ class BenchmarkSection(Section):
 
     def asked(self) -> TaskSection:
         """Where its questions come from."""
-        return TaskSection(task=self.task, template=self.template)
+        return TaskSection(task=self.task, template=self.template, tools=self.tools)
 
 
 class EvaluateConfig(SamplingSection):
@@ -110,6 +115,11 @@ class EvaluateConfig(SamplingSection):
                     f"pass_at holds {max(self.pass_at)}, but task {name!r} has {task.samples or self.samples} samples: "
                     "pass@k needs at least k"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tools_are_there(self) -> "EvaluateConfig":
+        check_tools(self.conversation, {f"tasks.{name}": task for name, task in self.tasks.items()})
         return self
 
 
@@ -168,6 +178,11 @@ class FilterConfig(Section):
     def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
         data = info.data.get("data")  # missing where that itself is wrong
         return default_rewards(data.task) if not rewards and data else rewards
+
+    @model_validator(mode="after")
+    def _tools_are_there(self) -> "FilterConfig":
+        check_tools(self.pass_rate.conversation if self.pass_rate else None, {"data": self.data})
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_known(self) -> "FilterConfig":

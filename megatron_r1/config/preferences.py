@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from megatron_r1.config.chat_endpoint import PromptedEndpointSection
 from megatron_r1.config.collect import ExcludedSection, SampledModelSection
+from megatron_r1.config.conversation import check_tools
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import TaskSection
 
@@ -55,6 +56,11 @@ class PreferencesConfig(Section):
     agreement: Annotated[float, Field(gt=0.5, le=1)] = 0.75
     """Least share of the votes that a label needs."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _without_tools(self) -> "PreferencesConfig":
+        check_tools(None, {"data": self.data})
+        return self
 
     @property
     def judged(self) -> Literal["summary", "response"]:

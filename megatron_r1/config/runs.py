@@ -14,6 +14,7 @@ from megatron_r1.config.component import (
     build,
     default_rewards,
 )
+from megatron_r1.config.conversation import ConversationSection, check_tools
 from megatron_r1.config.corpus import CorpusSection
 from megatron_r1.config.curriculum import CurriculumSection
 from megatron_r1.config.guard import GuardSection, PretrainGuardSection
@@ -179,6 +180,8 @@ class RLConfig(Section):
     reference: ReferenceSection = ReferenceSection()
     correction: CorrectionSection = CorrectionSection()
     rollout: AheadSection
+    conversation: ConversationSection | None = None
+    """Tools that the model may call within a response; None = a response is one turn."""
     evaluation: EvaluationSection = EvaluationSection()
     optim: OptimSection
     parallel: ParallelSection = ParallelSection()
@@ -241,6 +244,17 @@ class RLConfig(Section):
                         f"`rewards` of [{section}] or of a member names {name!r}{nearest(name, self.rewards)}, which "
                         f"[rewards] does not have; it has {', '.join(self.rewards)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _tools_are_there(self) -> "RLConfig":
+        check_tools(self.conversation, self.tasks)
+        if self.conversation and self.rollout.weights_change == "partial_rollouts":
+            raise ValueError(
+                'weights_change = "partial_rollouts" cuts turns, which [conversation] does not take up again'
+            )
+        if self.conversation and self.rollout.routing_replay:
+            raise ValueError("routing_replay: the experts of a tool's last reply in a [conversation] are not recorded")
         return self
 
     @model_validator(mode="after")

@@ -260,3 +260,5 @@ class TaskSection(Section):
     """Prompt template by name (`data/templates.py`), or a text with `{question}` in it; None = the task's own."""
     rewards: list[str] | None = None
     """Names in [rewards] that score its questions; None = all (of a mixture: what its members say)."""
+    tools: list[str] | None = None
+    """Names in [conversation.tools] that answers to its questions may call; None = all."""

@@ -96,4 +96,5 @@ def question(section: TaskSection, name: str, number: str, problem: Problem) -> 
             "text": problem.text,
         },
         rewards=problem.rewards if problem.rewards is not None or section.rewards is None else tuple(section.rewards),
+        tools=None if section.tools is None else tuple(section.tools),
     )

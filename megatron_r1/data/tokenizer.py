@@ -96,6 +96,16 @@ class Tokenizer:
         found: int | None = self._tokenizer.get_vocab().get(token)
         return found
 
+    def beginning_as_the_end_of(self, text: str) -> tuple[int, ...]:
+        """The token that `text` ends with, and longer ones that begin with it, as ">=" does with ">"."""
+        last: str = self._tokenizer.convert_ids_to_tokens(self.encode(text)[-1])
+        return tuple(sorted(number for token, number in self._tokenizer.get_vocab().items() if token.startswith(last)))
+
+    @property
+    def added(self) -> frozenset[str]:
+        """Texts that are one token wherever they stand, such as those that begin and end a turn."""
+        return frozenset(self._tokenizer.get_added_vocab())
+
     def encode_prompt(self, text: str) -> list[int]:
         """What the policy continues: [bos] + ids. [tokens]"""
         return self._begin() + self.encode(text)

@@ -113,7 +113,7 @@ def _words(table: dict[str, Any]) -> Iterator[str]:
     """What one table asks for."""
     if any(key in table and not _table(table, key).get("addresses") for key in _ENGINES):
         yield "engine"
-    if table.get("type") == "code" and table.get("sandbox", "bubblewrap") == "bubblewrap":
+    if table.get("type") in {"code", "python"} and table.get("sandbox", "bubblewrap") == "bubblewrap":
         yield "code"
     if table.get("verb") == "quantize":
         yield "modelopt"

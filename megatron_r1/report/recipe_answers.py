@@ -55,8 +55,8 @@ class Rollout:
     finished: bool
     pieces: list[str] | None
     """What each token adds to the text; None where the run kept none."""
-    engine_logprobs: list[float] | None
-    trainer_logprobs: list[float] | None
+    engine_logprobs: list[float | None] | None
+    trainer_logprobs: list[float | None] | None
 
 
 def compare(output: Path, models: Sequence[Evaluated]) -> list[Comparison]:

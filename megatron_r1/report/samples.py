@@ -46,7 +46,7 @@ def sample_rows(step: int, groups: Sequence[Group], tag: str, pieces: Pieces | N
             "responses": [
                 {
                     "text": sample.text,
-                    "tokens": len(sample.tokens),
+                    "tokens": sample.length,
                     "finished": sample.finished,
                     "reward": sample.reward,
                     "rewards": sample.rewards,
@@ -63,9 +63,15 @@ def _tokens(sample: Sample, pieces: Pieces) -> Row:
     trainer = sample.trainer_logprobs
     return {
         "pieces": pieces(sample.tokens),
-        "engine_logprobs": [round(value, 7) for value in sample.logprobs],
-        "trainer_logprobs": None if trainer is None else [round(value, 7) for value in trainer],
+        "engine_logprobs": _by_token(sample.logprobs, sample.mask),
+        "trainer_logprobs": None if trainer is None else _by_token(trainer, sample.mask),
     }
+
+
+def _by_token(values: Sequence[float], mask: Sequence[bool]) -> list[float | None]:
+    """Numbers of sampled tokens, None at those of tools. [response]"""
+    rounded = (round(value, 7) for value in values)
+    return [next(rounded) if sampled else None for sampled in mask] if mask else list(rounded)
 
 
 def exhibits(rows: Sequence[Row]) -> tuple[list[Exhibit], list[Exhibit]]:

@@ -58,7 +58,7 @@ class Cosine(Reward):
             return 1.0 if config.compatible else None
         if config.cut is not None and not sample.finished:
             return config.cut
-        length = len(sample.tokens if config.unit == "tokens" else sample.text)
+        length = sample.length if config.unit == "tokens" else len(sample.text)
         if not config.compatible:
             length = min(length, config.max_length)
         short, long = (

@@ -28,7 +28,7 @@ class Length(Reward):
         if self.config.compatible:
             judged = [(len(sample.text), sample.correct is not False) for sample in group.samples]
             return list(length_rewards(judged))
-        judged = [(len(sample.tokens), sample.correct) for sample in group.samples if sample.correct is not None]
+        judged = [(sample.length, sample.correct) for sample in group.samples if sample.correct is not None]
         scores = iter(length_rewards(judged))
         return [None if sample.correct is None else next(scores) for sample in group.samples]
 

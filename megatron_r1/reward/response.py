@@ -25,8 +25,29 @@ def segments(text: str) -> list[str]:
 
 
 def response(question: Question, sample: Sample) -> str:
-    """The sample's text, with the `<think>` that a template already put at the end of the prompt."""
-    return _OPEN + sample.text if question.prompt.rstrip().endswith(_OPEN) else sample.text
+    """The sample's text, with the `<think>` that a template already put at the end of the prompt.
+
+    Where tools were called outside the reasoning, it is what follows the last reply.
+    """
+    return message(question, sample.text, sample.answer_from)
+
+
+def message(question: Question, text: str, start: int) -> str:
+    """The message that begins at character `start` of a sample's text."""
+    opened = start == 0 and question.prompt.rstrip().endswith(_OPEN)
+    return _OPEN + text if opened else text[start:]
+
+
+def next_message(question: Question, text: str, start: int) -> int:
+    """Where the message that holds the answer begins once a tool has replied, at the end of `text`.
+
+    Reasoning that is under way goes on behind the reply. Otherwise another message begins there, with the `<think>`
+    that the reply may end with.
+    """
+    whole = message(question, text, start)
+    if whole.rfind(_OPEN) > whole.rfind("</think>") and not whole.rstrip().endswith(_OPEN):
+        return start
+    return text.rindex(_OPEN) if text.rstrip().endswith(_OPEN) else len(text)
 
 
 def split_reasoning(text: str) -> tuple[str | None, str | None]:

@@ -30,7 +30,7 @@ class SoftOverlongPunishment(Reward):
     config: Config
 
     def __call__(self, group: Group) -> list[float | None]:
-        return [self._score(len(sample.tokens)) for sample in group.samples]
+        return [self._score(sample.length) for sample in group.samples]
 
     def _score(self, length: int) -> float:
         free = self.config.max_length - self.config.cache

@@ -93,7 +93,7 @@ class _Worker:
             EngineError: the worker does not start, or the judge was closed.
         """
         singles = [
-            (name, Group(group.question, [], [replace(sample, tokens=[], logprobs=[], rewards={})]))
+            (name, Group(group.question, [], [replace(sample, tokens=[], logprobs=[], mask=[], rewards={})]))
             for name, group in calls
             for sample in group.samples
         ]

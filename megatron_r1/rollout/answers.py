@@ -24,7 +24,7 @@ class Answer:
 
     text: str
     tokens: int
-    """Length of the response."""
+    """Length of the response, without what tools replied."""
     finished: bool
     """False when it was cut at the length limit."""
     correct: bool | None
@@ -95,7 +95,7 @@ def to_answers(group: Group) -> list[Answer]:
     return [
         Answer(
             text=sample.text,
-            tokens=len(sample.tokens),
+            tokens=sample.length,
             finished=sample.finished,
             correct=sample.correct,
             rewards=sample.rewards,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 SAMPLE_PATH = "/megatron_r1/sample"
 """Route of samples, inside the server (`batch_route.py`)."""
@@ -76,8 +76,13 @@ class Engine(Protocol):
         temperature: float | None = None,
         top_p: float | None = None,
         max_tokens: int | None = None,
+        questions: Sequence[Question] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """As `sample`, but each prompt's number and samples as soon as these are complete, in any order."""
+        """As `sample`, but each prompt's number and samples as soon as these are complete, in any order.
+
+        `questions`, one a prompt, are for an engine with tools, which may then answer within responses. Without them
+        every response is one turn.
+        """
         ...
 
     def update_weights(self, path: Path, version: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -24,11 +25,13 @@ from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
 from megatron_r1.report.spans import lane
 from megatron_r1.rollout.client import HEALTH_SECONDS
+from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.member import Member, Weights
 from megatron_r1.rollout.meters import Busy
 from megatron_r1.rollout.responses import Ask, GarbageError, Response, ask
 from megatron_r1.rollout.server import EngineLostError
+from megatron_r1.types import Question
 
 T = TypeVar("T")
 CLOSE_SECONDS = 5.0
@@ -49,6 +52,8 @@ class Work:
     """Of each sample of each prompt. [prompts][n]"""
     max_tokens: list[int]
     sampling: Sampling
+    questions: list[Question] | None = None
+    """Of each prompt, for the tools of a conversation."""
     arrived: "SimpleQueue[tuple[int, list[Response]] | None]" = field(default_factory=SimpleQueue)
     """Number of a prompt and all its samples, in order; None = there is nothing more to come."""
 
@@ -81,6 +86,8 @@ class Engines:
     def __init__(self, members: list[Member], section: RolloutSection, weights: Weights) -> None:
         self.members, self.section, self.weights = members, section, weights
         self.watcher: Watcher | None = None
+        self.conversation: Conversation | None = None
+        """What holds the requests that have questions."""
         self.lost = self.returned = self.samples_again = 0
         """Since the fleet began: engines lost, engines that came back, samples that were asked for once more."""
         self.weights_change: WeightsChange = "in_flight"
@@ -114,24 +121,37 @@ class Engines:
         self._loop.call_soon_threadsafe(act, *arguments)
 
     async def ask(self, member: Member, request: Ask, take: Callable[[Response], None]) -> None:
-        """Ask an engine for samples; each goes to `take` as soon as it is there.
+        """Ask an engine for samples; each goes to `take` as soon as it is there, with all its turns.
 
         Raises:
             EngineLostError: the engine was lost.
             EngineError: it works, and refuses.
         """
-        life, left = member.life, sum(map(len, request.seeds))
-        url, stall = member.server.url, self.section.stall_timeout
-        meanwhile = _Meanwhile(self, member, member.version)
-        answers = ask(self._http, url, member.token, request, stall, meanwhile)
+        left = sum(map(len, request.seeds))
         self._asked(member, left)
 
-        async def read() -> None:
+        def taken(response: Response) -> None:
             nonlocal left
+            left -= 1
+            self._asked(member, -1)
+            take(response)
+
+        try:
+            if self.conversation and request.questions:
+                await self.conversation.hold(partial(self._ask, member), request, taken)
+            else:
+                await self._ask(member, request, taken)
+        finally:
+            self._asked(member, -left)
+
+    async def _ask(self, member: Member, request: Ask, take: Callable[[Response], None]) -> None:
+        life, url, stall = member.life, member.server.url, self.section.stall_timeout
+        meanwhile = _Meanwhile(self, member, member.version)
+        answers = ask(self._http, url, member.token, request, stall, meanwhile)
+
+        async def read() -> None:
             async with aclosing(answers):
                 async for response in answers:
-                    left -= 1
-                    self._asked(member, -1)
                     member.meter.answered(len(response.tokens))
                     take(response)
 
@@ -153,8 +173,6 @@ class Engines:
         except TimeoutError as error:
             what = f"did not answer a request for samples within {self.section.request_timeout:g} s"
             raise self._lose(member, life, what) from error
-        finally:
-            self._asked(member, -left)
 
     async def update_weights(self, path: Path, version: int) -> None:
         """Give them new weights; engines that are lost on the way, or before, get these when they come back.

@@ -15,6 +15,7 @@ from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.rollout.client import wait_until_healthy
+from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.flow import Flow
@@ -24,7 +25,7 @@ from megatron_r1.rollout.responses import to_sample
 from megatron_r1.rollout.server import RemoteServer, Server, engine_server, read_config
 from megatron_r1.rollout.shares import Shares
 from megatron_r1.seeds import stream_seed
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 
 class Fleet:
@@ -40,6 +41,7 @@ class Fleet:
         dtype: what the engines compute in, "float32" or "bfloat16".
         decode: token ids -> text, for `Sample.text`.
         version: version of the weights in `model`.
+        conversation: what answers the model within responses, where `stream` is given questions; ends with the fleet.
 
     Raises:
         EngineError: a port is in use, or a server died at start or was not ready in time.
@@ -48,7 +50,14 @@ class Fleet:
     """
 
     def __init__(
-        self, section: RolloutSection, model: Path, run_dir: Path, dtype: str, decode: Decode, version: int = 0
+        self,
+        section: RolloutSection,
+        model: Path,
+        run_dir: Path,
+        dtype: str,
+        decode: Decode,
+        version: int = 0,
+        conversation: Conversation | None = None,
     ) -> None:
         self.section = section
         self.version = version
@@ -59,15 +68,19 @@ class Fleet:
         self._stop_token_ids = stop_token_ids(model)
         self._token = _token(section)
         self._engines: Engines | None = None
+        self._conversation = conversation
         self._members: list[Member] = []
         weights = Weights(version)
         try:
+            if conversation:
+                conversation.prepare()
             for index in range(len(section.addresses) or section.engines):
                 self._members.append(Member(f"engine-{index}", section, partial(self.server, index), self._token))
             wait_until_healthy([member.client for member in self._members], section.start_timeout, START_KEY)
             for member in self._members:
                 member.load(weights)
             self._engines = Engines(self._members, section, weights)
+            self._engines.conversation = conversation
             self.feed(section.dispatch)
         except BaseException:  # Ctrl-C and SIGTERM too
             self.close()
@@ -123,6 +136,7 @@ class Fleet:
         temperature: float | None = None,
         top_p: float | None = None,
         max_tokens: int | None = None,
+        questions: Sequence[Question] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """See `Engine.stream`."""
         sampling = Sampling(
@@ -135,7 +149,7 @@ class Fleet:
         room = [self._room(index, prompt, sampling) for index, prompt in enumerate(prompts)]
         # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
         seeds = [[stream_seed(seed, index, sample) for sample in range(n)] for index in range(len(prompts))]
-        work = Work(list(prompts), seeds, room, sampling)
+        work = Work(list(prompts), seeds, room, sampling, list(questions) if questions else None)
         running = self._running.start(self._dispatch.run(work))
         running.add_done_callback(lambda _: work.arrived.put(None))
         try:
@@ -174,14 +188,21 @@ class Fleet:
         """See `Engines.figures`."""
         return self._running.start(self._running.figures()).result()
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """See `Conversation.counters`."""
+        return dict(self._conversation.counters) if self._conversation else {}
+
     def close(self) -> None:
-        """Stop every server of the run; may be called more than once."""
+        """Stop every server of the run, and its tools; may be called more than once."""
         for member in self._members:
             member.terminate()  # all at once, so that they end in parallel
         if self._engines:
             self._engines.close()
         for member in self._members:
             member.close()
+        if self._conversation:
+            self._conversation.close()
 
     @property
     def _running(self) -> Engines:

@@ -13,7 +13,7 @@ from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines
 from megatron_r1.rollout.refill import Asked, Refill
 from megatron_r1.rollout.responses import Response, to_sample
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,13 @@ class Flow:
         self._watching = engines.start(self._open(weights_change))
 
     def submit(
-        self, key: str, prompt: list[int], seeds: list[int], at_least: int, had: Sequence[Response] = ()
+        self,
+        key: str,
+        prompt: list[int],
+        seeds: list[int],
+        at_least: int,
+        question: Question | None = None,
+        had: Sequence[Response] = (),
     ) -> None:
         """Ask for a group, of weights of a version or newer.
 
@@ -94,12 +100,13 @@ class Flow:
             prompt: token ids.
             seeds: of each sample.
             at_least: version of the oldest weights that may answer from here on.
+            question: what the prompt asks, for the tools of a conversation.
             had: samples of an earlier run, whole or as far as they were; nothing else of it is there.
 
         Raises:
             DataError: the prompt leaves no room for a response.
         """
-        asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling)
+        asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling, question)
         for response in had:
             (asked.begun if response.finish_reason == "abort" else asked.there)[response.sample] = response
         self._engines.soon(self._refill.add, _name(key), asked, at_least)

@@ -18,6 +18,7 @@ from megatron_r1.rollout.responses import Ask, Response, joined
 from megatron_r1.rollout.scheduler import Assignment, Scheduler
 from megatron_r1.rollout.server import EngineLostError
 from megatron_r1.seeds import stream_seed
+from megatron_r1.types import Question
 
 MAX_LOSSES = 8
 """Engines lost with the same group before it is taken for the cause."""
@@ -51,6 +52,8 @@ class Asked:
     """Of each sample."""
     max_tokens: int
     sampling: Sampling
+    question: Question | None = None
+    """For the tools of a conversation."""
     there: dict[int, Response] = field(default_factory=dict)
     begun: dict[int, Response] = field(default_factory=dict)
     """Beginnings of samples, by their numbers."""
@@ -65,7 +68,8 @@ class Asked:
         """
         if not self.begun.keys() & set(samples):
             seeds = [self.seeds[sample] for sample in samples]
-            return Ask([self.prompt], [seeds], [self.max_tokens], self.sampling, together=False)
+            questions = [self.question] if self.question else None
+            return Ask([self.prompt], [seeds], [self.max_tokens], self.sampling, False, questions)
         had = [self.begun[sample].tokens if sample in self.begun else [] for sample in samples]
         return Ask(
             prompts=[self.prompt + tokens for tokens in had],
@@ -138,9 +142,8 @@ class Refill:
         keys = [f"{number}.{index}" for index in range(len(work.prompts))]
         try:
             for index, key in enumerate(keys):
-                asked = Asked(
-                    running, index, work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling
-                )
+                parts = (work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling)
+                asked = Asked(running, index, *parts, work.questions[index] if work.questions else None)
                 self._queue(key, asked, self.engines.weights.version)
             self._send()
             hopeless = asyncio.create_task(self.hopeless())

@@ -22,7 +22,7 @@ from pydantic import (
 
 from megatron_r1.rollout.engine import SAMPLE_PATH, Decode, Sampling
 from megatron_r1.rollout.routed_experts import decode as decode_experts
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10.0
@@ -46,6 +46,8 @@ class Ask:
     sampling: Sampling
     together: bool
     """Reproducibly, at the cost of everything else that the engine does."""
+    questions: list[Question] | None = None
+    """What the prompts ask, for the tools of a conversation; None = it is one turn."""
 
     def body(self) -> dict[str, Any]:
         """As the route reads it."""
@@ -73,9 +75,12 @@ class Response(BaseModel):
     weight_versions: list[NonNegativeInt]
     """Of the weights that its tokens come from."""
     version_ends: list[NonNegativeInt] = []
-    """Tokens up to the last one of each of these; empty = one version made all of them."""
+    """Sampled tokens up to the last one of each of these; empty = one version made all of them."""
     routed_experts: Annotated[np.ndarray | None, PlainValidator(decode_experts)] = None
     """Which experts each token went to, where that was asked for. [prompt + response - 1, layers, experts a token]"""
+    mask: list[bool] = []
+    """Of a conversation, as is `answer_from`: see `Sample`. Engines do not say these."""
+    answer_from: NonNegativeInt = 0
 
 
 class Other(BaseModel):
@@ -204,6 +209,8 @@ def to_sample(response: Response, decode: Decode) -> Sample:
         weight_version=min(response.weight_versions),
         weight_spans=list(zip(response.weight_versions, response.version_ends, strict=False)),
         routed_experts=response.routed_experts,
+        mask=response.mask,
+        answer_from=response.answer_from,
     )
 
 
@@ -228,6 +235,8 @@ def _check(response: Response, request: Ask, first: int, last: int) -> None:
         return
     if not tokens or not response.weight_versions:
         raise GarbageError(f"a response of {len(tokens)} tokens of weights {response.weight_versions}")
+    if response.mask or response.answer_from:
+        raise GarbageError("a response with tokens that it says are a tool's")
     if max(response.logprobs) > LARGEST_LOGPROB:
         raise GarbageError(f"a log-probability of {max(response.logprobs)}")
     ends_well = {

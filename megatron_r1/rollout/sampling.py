@@ -22,6 +22,7 @@ from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.registry import resolve
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.answers import Answer, AnswerFile, digest, to_answers
+from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
@@ -38,7 +39,10 @@ OpenEngine = Callable[[SamplingSection, Path, Tokenizer], AbstractContextManager
 def open_fleet(config: SamplingSection, output: Path, tokenizer: Tokenizer) -> Fleet:
     """The vLLM servers of [rollout]."""
     Console(stderr=True).print(f"starting the engines, which log to {output / 'logs'}", style="dim")
-    return Fleet(config.rollout, config.model.path, output, config.model.dtype, tokenizer.decode)
+    conversation = Conversation(config.conversation, tokenizer) if config.conversation else None
+    return Fleet(
+        config.rollout, config.model.path, output, config.model.dtype, tokenizer.decode, conversation=conversation
+    )
 
 
 class Sampler:
@@ -63,6 +67,8 @@ class Sampler:
         sampled_by = config.rollout.model_dump(mode="json", include=_SAMPLED_BY)
         judged_by = {name: _identity(section) for name, section in config.reward_models.items()}
         self._settings = [_identity(config.model), str(config.tokenizer), sampled_by, judged_by]
+        if config.conversation:
+            self._settings.append(config.conversation.model_dump(mode="json"))
         self._file = self._stack.enter_context(AnswerFile(output / SCORED))
 
     def __enter__(self) -> Self:
@@ -139,6 +145,7 @@ class Sampler:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             max_tokens=rollout.max_tokens,
+            **({"questions": batch} if self._config.conversation else {}),
         )
         edited = ((index, [self.edited(batch[index], sample) for sample in found]) for index, found in stream)
         return [to_answers(group) for group in scored_groups(edited, judge, batch, prompts)]

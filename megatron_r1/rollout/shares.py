@@ -40,7 +40,8 @@ class Shares:
 
     async def _answer(self, work: Work, part: range, member: Member) -> None:
         chosen = slice(part.start, part.stop)
-        request = Ask(work.prompts[chosen], work.seeds[chosen], work.max_tokens[chosen], work.sampling, together=True)
+        questions = work.questions and work.questions[chosen]
+        request = Ask(work.prompts[chosen], work.seeds[chosen], work.max_tokens[chosen], work.sampling, True, questions)
         there: list[dict[int, Response]] = [{} for _ in part]
 
         def take(response: Response) -> None:

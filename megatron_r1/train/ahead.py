@@ -164,7 +164,7 @@ class Ahead:
         samples = [sample for group in taken.groups for sample in group.samples]
         ages = Counter(step - min(sample.weight_version for sample in group.samples) for group in taken.groups)
         figures = {f"staleness/{age}": count / len(taken.groups) for age, count in sorted(ages.items())}
-        tokens = sum(len(sample.tokens) for sample in samples)
+        tokens = sum(sample.length for sample in samples)
         figures |= {
             "staleness": sum(age * count for age, count in ages.items()) / len(taken.groups),
             "stale_tokens": sum(_older(sample, step) for sample in samples) / tokens,
@@ -181,5 +181,5 @@ class Ahead:
 def _older(sample: Sample, version: int) -> int:
     """Tokens of a response that older weights have made."""
     if not sample.weight_spans:
-        return len(sample.tokens) if sample.weight_version < version else 0
+        return sample.length if sample.weight_version < version else 0
     return max((end for made_by, end in sample.weight_spans if made_by < version), default=0)

@@ -22,14 +22,26 @@ class Trajectory:
     """Prompt, then response. [prompt + response]"""
     response_length: int
     engine_logprobs: list[float] = field(default_factory=list)
-    """[response], or empty where no engine sampled it."""
+    """[sampled], or empty where no engine sampled it."""
     routed_experts: np.ndarray | None = field(default=None, compare=False)
     """See `Sample.routed_experts`. [prompt + response - 1, layers, experts a token]"""
+    mask: list[bool] = field(default_factory=list)
+    """Which tokens of the response are learned from; empty = all. [response]"""
 
     @property
     def length(self) -> int:
         """Tokens that the model is fed: all but the last, which is only predicted."""
         return len(self.tokens) - 1
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that are learned from."""
+        return sum(self.mask) if self.mask else self.response_length
+
+    def selected(self, stop: int) -> torch.Tensor:
+        """Positions that predict these, in a row where its own positions end before `stop`. [sampled]"""
+        positions = torch.arange(stop - self.response_length, stop)
+        return positions[torch.tensor(self.mask)] if self.mask else positions
 
 
 @dataclass
@@ -73,6 +85,7 @@ def trajectories(groups: Sequence[Group]) -> list[Trajectory]:
             response_length=len(sample.tokens),
             engine_logprobs=sample.logprobs,
             routed_experts=sample.routed_experts,
+            mask=sample.mask,
         )
         for group in groups
         for sample in group.samples
@@ -117,7 +130,7 @@ def split(samples: Sequence[Trajectory], minibatches: int, seed: int, loss: Loss
     for start in range(0, size * minibatches, size):
         chosen = order[start : start + size]
         lengths = [samples[index].length for index in chosen]
-        weights = loss.token_weights([samples[index].response_length for index in chosen])
+        weights = loss.token_weights([samples[index].sampled for index in chosen])
         hands = deal(lengths, share.ranks)
         packs = share.packs([[lengths[i] for i in hand] for hand in hands])
         mine = hands[share.rank]
@@ -132,8 +145,8 @@ def _pack(samples: Sequence[Trajectory], weights: dict[int, float], share: Share
     tokens, labels = [part.tokens[:-1] for part in packed], [part.tokens[1:] for part in packed]
     row = lay(tokens, labels, share.alignment, length)
     spans = zip(row.stops, packed, strict=True)
-    selected = [torch.arange(stop - part.response_length, stop) for stop, part in spans]
-    counts = torch.tensor([part.response_length for part in packed], dtype=torch.long)
+    selected = [part.selected(stop) for stop, part in spans]
+    counts = torch.tensor([part.sampled for part in packed], dtype=torch.long)
     shares = torch.tensor(list(weights.values()), dtype=torch.float32)
     inputs = LossInputs(
         weights=shares.repeat_interleave(counts).to(share.device),
@@ -199,7 +212,7 @@ def with_inputs(minibatch: Minibatch, **values: Sequence[torch.Tensor]) -> Minib
 
 
 def attach(minibatch: Minibatch, **values: Sequence[Sequence[float]]) -> Minibatch:
-    """As `with_inputs`, from what is known of every sample of the rollout: field -> numbers. [samples][response]"""
+    """As `with_inputs`, from what is known of every sample of the rollout: field -> numbers. [samples][sampled]"""
 
     def packed(micro: MicroBatch, known: Sequence[Sequence[float]]) -> torch.Tensor:
         numbers = [number for sample in micro.samples for number in known[sample]]

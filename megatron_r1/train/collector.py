@@ -19,6 +19,7 @@ from megatron_r1.model.parallel import consumed_by_first_rank, from_first_rank, 
 from megatron_r1.report.run import Report
 from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.reward.judge import Judge
+from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
 from megatron_r1.rollout.scoring import scored_groups
@@ -125,9 +126,7 @@ class Collector:
                     timeout=config.reward_timeout,
                 )
             )
-            self._fleet = self._stack.enter_context(
-                Fleet(config.rollout, config.model.path, config.output, config.model.dtype, self._tokenizer.decode)
-            )
+            self._fleet = self._stack.enter_context(open_fleet(config, self._tokenizer))
             self._judge.wait_until_ready()
             self._sync = open_sync(config.rollout, self._fleet, config.output / "sync")
             self._stack.callback(self._sync.close)
@@ -148,7 +147,7 @@ class Collector:
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
-        stream = self._fleet.stream(prompts, n=n, seed=seed, temperature=temperature)
+        stream = self._fleet.stream(prompts, n=n, seed=seed, temperature=temperature, questions=questions)
         groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
         stale = {sample.weight_version for group in groups for sample in group.samples} - {self._version}
         if stale:
@@ -163,12 +162,20 @@ class Collector:
 
     def _place_marks(self, groups: Sequence[Group]) -> None:
         for sample in (sample for group in groups for sample in group.samples if sample.step_marks):
-            sample.step_rewards = by_token(sample.step_marks, self._tokenizer.pieces(sample.tokens))
+            steps = by_token(sample.step_marks, self._tokenizer.pieces(sample.tokens))
+            sample.step_rewards = among_sampled(steps, sample.mask) if sample.mask else steps
 
     @property
     def counters(self) -> dict[str, int]:
-        """Verifications that timed out or crashed since this process began; all ranks ask at once."""
-        return from_first_rank(lambda: dict(self._judge.counters))
+        """Verifications and calls of tools that failed since this process began; all ranks ask at once."""
+        return from_first_rank(lambda: dict(self._judge.counters) | self._fleet.counters)
+
+
+def open_fleet(config: RLConfig, tokenizer: Tokenizer) -> Fleet:
+    """Start the engines, and the tools of [conversation]."""
+    conversation = Conversation(config.conversation, tokenizer) if config.conversation else None
+    model = config.model
+    return Fleet(config.rollout, model.path, config.output, model.dtype, tokenizer.decode, conversation=conversation)
 
 
 def by_token(marks: Sequence[tuple[int, float]], pieces: Sequence[str]) -> list[tuple[int, float]]:
@@ -180,3 +187,9 @@ def by_token(marks: Sequence[tuple[int, float]], pieces: Sequence[str]) -> list[
     """
     ends = list(accumulate(map(len, pieces)))
     return [(bisect_left(ends, end), reward) for end, reward in marks]
+
+
+def among_sampled(steps: Sequence[tuple[int, float]], mask: Sequence[bool]) -> list[tuple[int, float]]:
+    """The steps that end in a sampled token, by its number among the sampled ones. `mask`: [response]"""
+    numbers = [number - 1 for number in accumulate(mask)]
+    return [(numbers[token], reward) for token, reward in steps if mask[token]]

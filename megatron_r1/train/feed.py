@@ -24,7 +24,13 @@ class Asker(Protocol):
     """What a feed asks of the fleet: see `rollout.flow.Flow`."""
 
     def submit(
-        self, key: str, prompt: list[int], seeds: list[int], at_least: int, had: Sequence[Response] = ()
+        self,
+        key: str,
+        prompt: list[int],
+        seeds: list[int],
+        at_least: int,
+        question: Question,
+        had: Sequence[Response] = (),
     ) -> None: ...
 
     def had(self) -> dict[str, list[Response]]: ...
@@ -226,4 +232,4 @@ class Feed:
         question = self._order.question(key)
         prompt = self._service.prompt(question)
         self._begun[key] = Group(question, prompt, [])
-        self._service.asker.submit(key, prompt, self._service.seeds(key), at_least, had)
+        self._service.asker.submit(key, prompt, self._service.seeds(key), at_least, question, had)

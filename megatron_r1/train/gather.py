@@ -11,7 +11,7 @@ from megatron_r1.train.batch import Minibatch, by_sample
 def gather(
     batch: Sequence[Minibatch], values: Sequence[Sequence[torch.Tensor]], wanted: Container[int]
 ) -> dict[int, list[float]]:
-    """Number of each wanted sample -> its numbers, on every rank. [response]
+    """Number of each wanted sample -> its numbers, on every rank. [sampled]
 
     Args:
         batch: this rank's part of every minibatch of a rollout.

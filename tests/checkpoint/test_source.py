@@ -61,9 +61,7 @@ def test_a_copy_must_be_equal_to_the_last_bit(tmp_path: Path, monkeypatch: pytes
     copy = stored["model.layers.3.embed_tokens.weight"]
     copy[-1, -1] += 1.0
     save_file(stored, file)
-    monkeypatch.setattr(
-        "megatron_r1.model.safetensors_file.STRIPE_BYTES", 1000
-    )  # several stripes, a short one last
+    monkeypatch.setattr("megatron_r1.model.safetensors_file.STRIPE_BYTES", 1000)  # several stripes, a short one last
     source = open_source(folder)
     embedding = source.rules[0]
     with pytest.raises(DataError, match=r"model.layers.3.embed_tokens.weight differs from model.embed_tokens.weight"):

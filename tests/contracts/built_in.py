@@ -1,4 +1,4 @@
-"""A section for every built-in task and reward, with the keys that have no default; a tiny model for every family."""
+"""A section for every built-in task, reward and tool, with keys that have no default; a tiny model for every family."""
 
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ TASKS: list[dict[str, Any]] = [
     {"type": "reasoning_gym", "dataset": "chain_sum"},
     {"type": "stem", "source": str(DATA / "stem.jsonl")},
 ]
+
+TOOLS: list[dict[str, Any]] = [{"type": "python"}]
 
 FAMILIES: list[dict[str, Any]] = [
     {"type": "DeepseekV2ForCausalLM", "model": "deepseek_v2_lite"},

@@ -11,9 +11,10 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.family import Family
 from megatron_r1.registry import resolve
 from megatron_r1.reward.base import Reward
-from tests.contracts.built_in import FAMILIES, REWARDS, TASKS
+from megatron_r1.rollout.tools.base import Tool
+from tests.contracts.built_in import FAMILIES, REWARDS, TASKS, TOOLS
 
-KINDS = {"reward": (Reward, REWARDS), "task": (Task, TASKS), "family": (Family, FAMILIES)}
+KINDS = {"reward": (Reward, REWARDS), "task": (Task, TASKS), "tool": (Tool, TOOLS), "family": (Family, FAMILIES)}
 
 
 def section(text: str) -> dict[str, Any]:
@@ -47,6 +48,13 @@ def reward(reward_section: dict[str, Any]) -> Reward:
 def task(task_section: dict[str, Any]) -> Task:
     built = component.build("task", task_section)
     assert isinstance(built, Task)
+    return built
+
+
+@pytest.fixture
+def tool(tool_section: dict[str, Any]) -> Tool:
+    built = component.build("tool", tool_section)
+    assert isinstance(built, Tool)
     return built
 
 

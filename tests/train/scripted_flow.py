@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 from megatron_r1.rollout.flow import Complete, Event, Newer, Sent
 from megatron_r1.rollout.responses import Response
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 
 Answer = Callable[[str, int], list[Sample]]
 """Samples of a group, by its name and the version of the weights."""
@@ -30,7 +30,13 @@ class Script:
         self._events: SimpleQueue[list[Event]] = SimpleQueue()
 
     def submit(
-        self, key: str, prompt: list[int], seeds: list[int], at_least: int, had: Sequence[Response] = ()
+        self,
+        key: str,
+        prompt: list[int],
+        seeds: list[int],
+        at_least: int,
+        question: Question | None = None,
+        had: Sequence[Response] = (),
     ) -> None:
         assert key not in self.asked, "asked twice"
         assert prompt

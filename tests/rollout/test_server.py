@@ -1,10 +1,14 @@
-"""Which GPUs of the machine an engine sees."""
+"""What an engine's arguments say of its GPUs, its processes and the sequences that it is sent."""
+
+from pathlib import Path
 
 import pytest
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError
-from megatron_r1.rollout.server import devices
+from megatron_r1.rollout.refill import Refill
+from megatron_r1.rollout.server import HEADLESS_MODULE, base_arguments, devices, headless, single_worker
+from tests.rollout.test_engine_faults import Open, opened  # noqa: F401
 
 
 def section(first_gpu: int | None, *arguments: str) -> RolloutSection:
@@ -32,3 +36,20 @@ def test_without_a_first_gpu_they_see_all() -> None:
 def test_a_size_that_is_no_number() -> None:
     with pytest.raises(ConfigError, match="--tensor-parallel-size=many is no whole number"):
         devices(section(0, "--tensor-parallel-size=many"), 0)
+
+
+@pytest.mark.parametrize("size", ["-tp=2", "--pipeline-parallel-size=2", "-dp=2", "--data-parallel-size=2"])
+def test_more_than_one_rank_needs_more_than_one_worker(size: str) -> None:
+    assert not single_worker(section(None, size))
+    assert single_worker(section(None, "--max-num-batched-tokens=64"))
+
+
+def test_a_part_without_a_listener_has_the_same_arguments(tmp_path: Path) -> None:
+    command = base_arguments(section(None), tmp_path, "float32", 8700)
+    assert headless(command) == [command[0], "-m", HEADLESS_MODULE, *command[3:], "--headless"]
+
+
+def test_each_replica_has_sequences_of_its_own(opened: Open) -> None:  # noqa: F811
+    fleet = opened(engines=1, dispatch="continuous", max_num_seqs=4, arguments=["--data-parallel-size=3"])
+    assert isinstance(fleet._dispatch, Refill)
+    assert fleet._dispatch._capacity == 12

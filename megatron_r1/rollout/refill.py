@@ -49,6 +49,8 @@ class Asked:
     """Of each sample."""
     max_tokens: int
     sampling: Sampling
+    shares_request: bool = False
+    """Whether it may be asked in one request with others: nobody will forget it before them."""
     there: dict[int, Response] = field(default_factory=dict)
     losses: int = 0
     """Engines that were lost while they had it."""
@@ -114,7 +116,7 @@ class Refill:
         try:
             for index, key in enumerate(keys):
                 asked = Asked(
-                    running, index, work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling
+                    running, index, work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling, True
                 )
                 self._queue(key, asked, self.engines.weights.version)
             self._send()
@@ -181,33 +183,42 @@ class Refill:
         self._scheduler.submit(key, len(asked.prompt), len(asked.seeds), asked.max_tokens, at_least)
 
     def _send(self) -> None:
+        requests: dict[tuple[object, str], list[tuple[Assignment, Asked]]] = {}
         for assignment in self._scheduler.assign():
             asked = self._groups[str(assignment.key)]
             asked.owner.sent(asked.name, self._members[assignment.engine].version)
-            asked.request = asyncio.ensure_future(self._ask(assignment, asked))
+            shared = id(asked.owner) if asked.shares_request else assignment.key
+            requests.setdefault((shared, assignment.engine), []).append((assignment, asked))
+        for (_, engine), groups in requests.items():
+            request = asyncio.ensure_future(self._ask(engine, groups))
+            for _, asked in groups:
+                asked.request = request
 
-    async def _ask(self, assignment: Assignment, asked: Asked) -> None:
-        key = str(assignment.key)
-        seeds = [asked.seeds[sample] for sample in assignment.samples]
-        request = Ask([asked.prompt], [seeds], [asked.max_tokens], asked.sampling, together=False)
+    async def _ask(self, engine: str, groups: list[tuple[Assignment, Asked]]) -> None:
+        """Ask an engine for groups of one owner."""
+        owner, sampling = groups[0][1].owner, groups[0][1].sampling
+        prompts = [asked.prompt for _, asked in groups]
+        seeds = [[asked.seeds[sample] for sample in assignment.samples] for assignment, asked in groups]
+        request = Ask(prompts, seeds, [asked.max_tokens for _, asked in groups], sampling, together=False)
 
         def take(response: Response) -> None:
-            sample = assignment.samples[response.sample]
-            outcome = self._scheduler.finished(assignment.engine, key, sample, len(response.tokens))
+            assignment, asked = groups[response.prompt]
+            key, sample = str(assignment.key), assignment.samples[response.sample]
+            outcome = self._scheduler.finished(engine, key, sample, len(response.tokens))
             if outcome == "ignored":
                 return
             asked.there[sample] = response
             if outcome == "complete":
                 del self._groups[key]
-                asked.owner.complete(asked.name, [asked.there[number] for number in sorted(asked.there)])
+                owner.complete(asked.name, [asked.there[number] for number in sorted(asked.there)])
             self._send()
 
         try:
-            await self.engines.ask(self._members[assignment.engine], request, take)
+            await self.engines.ask(self._members[engine], request, take)
         except EngineLostError:
-            pass  # `left` has put the group back
+            pass  # `left` has put the groups back
         except Exception as error:  # an engine that refuses, or a defect: who has asked is told
-            asked.owner.fail(error)
+            owner.fail(error)
 
 
 def _name(member: Member) -> str:

@@ -91,16 +91,16 @@ class Learner:
         needy = advantage.needs_values or advantage.needs_ref_logprobs
         return config.minibatches == 1 and not compared and not needy
 
-    def cut(self, groups: Sequence[Group], step: int) -> list[Minibatch]:
-        """This rank's minibatches."""
+    def unscored(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
+        """This rank's minibatches; nothing is known of them yet."""
         config = self.config
         share = self.policy.share(config.tokens_per_microbatch)
         seed = stream_seed("minibatches", config.seed, step)
-        return list(split(trajectories(groups), config.minibatches, seed, self.loss, share))
+        return list(split(trajectories(groups), config.minibatches, seed, self.loss, share)), {}
 
     def score(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
-        """`cut`, with log-probabilities under pi_old and pi_ref and values, and what they show."""
-        config, policy, batch = self.config, self.policy, self.cut(groups, step)
+        """The same with log-probabilities under pi_old and pi_ref and values, and what they show."""
+        config, policy, (batch, _) = self.config, self.policy, self.unscored(groups, step)
         old, entropies = zip(*(policy.logprobs_and_entropies(minibatch) for minibatch in batch), strict=True)
         batch = _with(batch, old_logprobs=old)
         if self.reference:

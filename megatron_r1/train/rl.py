@@ -112,8 +112,8 @@ class _Training:
             report.add(rollout_figures(rollout.sampled) | rollout.figures)
             report.add(throughput(rollout.sampled, rollout.seconds))
             with report.phase("logprobs"):
-                if learner.on_policy and self._compared:  # `_update` finds pi_old and the figures on its way
-                    batch, figures = learner.cut(rollout.groups, step), {}
+                if self._compared and learner.on_policy:
+                    batch, figures = learner.unscored(rollout.groups, step)  # pi_old comes with the update
                 else:
                     batch, figures = learner.score(rollout.groups, step)  # pi_old, pi_ref, V
                 batch, estimated = learner.estimate(rollout.groups, batch)  # A_i = (r_i - mean) / std

@@ -1,7 +1,7 @@
-"""What the training loops need of the logits themselves: the sampling temperature and the entropy.
+"""What the training loops need of the logits themselves: the sampling temperature, the entropy, and no more than count.
 
-GPTModel returns the cross-entropy of given labels, which is all that a loss needs; this observes its
-output layer for the rest.
+GPTModel returns the cross-entropy of given labels, which is all that a loss needs; this observes its output layer for
+the rest. With a large vocabulary that layer is much of a pass, and prompts need none of it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ CHUNK = 1024
 
 
 class LogitsObserver:
-    """Divides a model's logits by a temperature and, while asked to, records their entropy.
+    """Divides a model's logits by a temperature and, while asked to, records their entropy, or leaves positions out.
 
     The main head is the last to call the output layer in a forward pass, after the MTP heads: of every pass the
     last call is recorded.
@@ -29,16 +29,34 @@ class LogitsObserver:
         self._entropies: list[torch.Tensor] | None = None
         self._heads = 1 + (model.config.mtp_num_layers or 0)
         self._calls = 0
+        self._positions: torch.Tensor | None = None
+        model.output_layer.register_forward_pre_hook(self._narrow)
         model.output_layer.register_forward_hook(self._hook)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[list[torch.Tensor]]:
-        """Collects one `[rows, seq]` tensor of entropies, nats, for each forward pass inside, of this rank's tokens."""
+        """Collects one `[rows, seq]` tensor of entropies, nats, for each forward pass inside, of this rank's tokens.
+
+        Under `only`, of those alone that have logits.
+        """
         self._entropies, self._calls = [], 0
         try:
             yield self._entropies
         finally:
             self._entropies = None
+
+    @contextlib.contextmanager
+    def only(self, positions: torch.Tensor | None) -> Iterator[None]:
+        """Forward passes inside, of one row, compute logits at these positions alone (None = at all). `[selected]`"""
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _narrow(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """`[seq, 1, hidden]` -> `[selected, 1, hidden]`"""
+        return args if self._positions is None else (args[0][self._positions], *args[1:])
 
     def _hook(self, module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output

@@ -13,7 +13,7 @@ Request, all lists of one length or shared by the batch::
     {"together": true, "prompts": [[1, 5, 7], ...], "seeds": [[11, 12], [21, 22], ...], "temperature": 1.0,
      "top_p": 1.0, "max_tokens": [64, ...], "stop_token_ids": [2]}
 
-Answer: a line of JSON for each seed as soon as its response is there, in any order. An empty object says that the
+Answer: a line of JSON for each seed soon after its response is there, in any order. An empty object says that the
 engine core is alive and has nothing ready; a line with an `error`, the last one, that something went wrong::
 
     {"prompt": 0, "sample": 1, "tokens": [8, 2], "logprobs": [-0.5, -0.1], "finish_reason": "stop",
@@ -28,22 +28,26 @@ import asyncio
 import json
 import traceback
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from copy import copy
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
-from vllm.outputs import RequestOutput
+from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from megatron_r1.rollout.engine import SAMPLE_PATH
 from megatron_r1.rollout.routed_experts import encode
 
+PAUSE_PATH = "/pause"
 BEAT_SECONDS = 5.0
 """Without a response before the engine core is asked for a sign of life."""
 NOT_RECORDING = (
@@ -64,6 +68,9 @@ class BatchRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != SAMPLE_PATH:
+            if scope["type"] == "http" and scope["path"] == PAUSE_PATH and b"keep" not in scope["query_string"]:
+                # Another kind of pause ends requests, which then lack what the core still holds of their tokens.
+                await scope["app"].state.engine_client.engine_core.pause_scheduler_async("keep", clear_cache=False)
             await self.app(scope, receive, send)
             return
         request = json.loads(await Request(scope, receive).body())
@@ -71,81 +78,132 @@ class BatchRoute:
         if request.get("routed_experts") and not engine.vllm_config.aux_output_config.enable_return_routed_experts:
             await PlainTextResponse(NOT_RECORDING, 400)(scope, receive, send)
             return
-        lines = self._lines(engine, request)
-        await StreamingResponse(lines, media_type="application/x-ndjson")(scope, receive, send)
+        chunks = self._chunks(engine, request)
+        await StreamingResponse(chunks, media_type="application/x-ndjson")(scope, receive, send)
 
-    async def _lines(self, engine: AsyncLLM, request: dict[str, Any]) -> AsyncIterator[str]:
-        lines: asyncio.Queue[str | None] = asyncio.Queue()
+    async def _chunks(self, engine: AsyncLLM, request: dict[str, Any]) -> AsyncIterator[bytes]:
+        chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
         # A task of its own, because whatever awaits anything after its client has hung up is cancelled again.
-        answering = asyncio.create_task(self._answer(engine, request, lines))
+        answering = asyncio.create_task(self._answer(engine, request, chunks))
         try:
-            line = await lines.get()
-            while line is not None:
-                chunk = [line]
-                while not lines.empty() and (line := lines.get_nowait()) is not None:
-                    chunk.append(line)
-                yield "".join(chunk)
-                if line is not None:
-                    await asyncio.sleep(GATHER_SECONDS)
-                    line = await lines.get()
+            while (chunk := await chunks.get()) is not None:
+                yield chunk
         finally:
             answering.cancel()
 
-    async def _answer(self, engine: AsyncLLM, request: dict[str, Any], lines: "asyncio.Queue[str | None]") -> None:
+    async def _answer(self, engine: AsyncLLM, request: dict[str, Any], chunks: "asyncio.Queue[bytes | None]") -> None:
         self.requests += 1
         turn: AbstractAsyncContextManager[None] = self.lock if request["together"] else nullcontext()
         try:
             async with turn:
-                async for answer in sample(engine, request, f"request-{self.requests}"):
-                    lines.put_nowait(json.dumps(answer) + "\n")
+                async for answers in sample(engine, request, f"request-{self.requests}"):
+                    chunks.put_nowait(b"".join(msgspec.json.encode(answer) + b"\n" for answer in answers))
         except Exception as error:  # whatever vLLM raises goes to the trainer, which shows it to the user
             traceback.print_exc()
-            lines.put_nowait(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
-        lines.put_nowait(None)
+            chunks.put_nowait(msgspec.json.encode({"error": f"{type(error).__name__}: {error}"}) + b"\n")
+        chunks.put_nowait(None)
 
 
-async def sample(engine: AsyncLLM, request: dict[str, Any], name: str) -> AsyncIterator[dict[str, Any]]:
-    """Queue all prompts, then yield each response as it is complete; {} = the core is alive."""
-    unfinished: dict[asyncio.Task[dict[str, Any]], str] = {}
-    done: asyncio.Queue[asyncio.Task[dict[str, Any]]] = asyncio.Queue()
+class Finished(RequestOutputCollector):
+    """Where vLLM puts the responses to all samples of one request as they are complete."""
+
+    def __init__(self) -> None:
+        super().__init__(RequestOutputKind.FINAL_ONLY, "")
+        self.unfinished: dict[str, tuple[str, int, int]] = {}
+        """vLLM's name of a sample, prompt and number, by our name."""
+        self.all_there = asyncio.Event()
+        self._outputs: list[RequestOutput] = []
+        self._error: Exception | None = None
+
+    def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+        if isinstance(output, Exception):
+            self._error = output
+            self.all_there.set()
+        elif isinstance(output, RequestOutput) and output.finished:
+            self._outputs.append(output)
+            if len(self._outputs) == len(self.unfinished):
+                self.all_there.set()
+        self.ready.set()
+
+    async def take(self) -> list[dict[str, Any]]:
+        """What has come since the last call, soon after the first of it.
+
+        Raises:
+            TimeoutError: nothing has.
+            Exception: what vLLM says has gone wrong.
+        """
+        async with asyncio.timeout(BEAT_SECONDS):
+            await self.ready.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GATHER_SECONDS):
+                await self.all_there.wait()
+        self.ready.clear()
+        self.all_there.clear()  # of those that were queued by then
+        if self._error:
+            raise self._error
+        outputs, self._outputs = self._outputs, []
+        return [answer(output, *self.unfinished.pop(output.request_id)[1:]) for output in outputs]
+
+
+async def sample(engine: AsyncLLM, request: dict[str, Any], name: str) -> AsyncIterator[list[dict[str, Any]]]:
+    """Queue all prompts, then yield responses as they are complete; {} = the core is alive."""
+    finished = Finished()
     try:
         if request["together"]:
             # `pause_generation` without its wait of 20 ms for answers to earlier requests.
             await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
         try:
-            for index, seeds in enumerate(request["seeds"]):
-                for number, seed in enumerate(seeds):
-                    collector = await _queue(engine, request, index, seed, f"{name}-{index}-{number}")
-                    task = asyncio.create_task(_finished(index, number, collector))
-                    task.add_done_callback(done.put_nowait)
-                    unfinished[task] = collector.request_id
+            await queue(engine, request, name, finished)
         finally:
             if request["together"]:
                 await engine.resume_generation()
-        while unfinished:
+        while finished.unfinished:
             try:
-                task = await asyncio.wait_for(done.get(), BEAT_SECONDS)
+                yield await finished.take()
             except TimeoutError:
                 await engine.is_paused()  # the core answers between two steps; one that hangs does not
-                yield {}
-                continue
-            del unfinished[task]
-            yield task.result()
+                yield [{}]
     finally:
-        for task in unfinished:
-            task.cancel()
-        if unfinished and not engine.errored:
-            await engine.abort(list(unfinished.values()), internal=True)
+        if finished.unfinished and not engine.errored:
+            await engine.abort([named for named, _, _ in finished.unfinished.values()], internal=True)
 
 
-async def _finished(index: int, number: int, collector: RequestOutputCollector) -> dict[str, Any]:
-    while not (output := await collector.get()).finished:
-        pass
-    assert isinstance(output, RequestOutput)
+async def queue(engine: AsyncLLM, request: dict[str, Any], name: str, finished: Finished) -> None:
+    """What `AsyncLLM.add_request` does, but once a prompt where nothing depends on the sample."""
+    if engine.errored:
+        raise EngineDeadError
+    tasks = await engine.get_supported_tasks()
+    for index, (prompt, seeds) in enumerate(zip(request["prompts"], request["seeds"], strict=True)):
+        params = SamplingParams(
+            temperature=request["temperature"],
+            top_p=request["top_p"],
+            max_tokens=request["max_tokens"][index],
+            stop_token_ids=request["stop_token_ids"],
+            seed=seeds[0],
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # made for this request alone
+        )
+        first = engine.input_processor.process_inputs(name, tokens_input(prompt), params, supported_tasks=tasks)
+        for number, seed in enumerate(seeds):
+            one = copy(first)
+            one.sampling_params = copy(first.sampling_params)
+            one.sampling_params.seed = seed
+            one.request_id = named = f"{name}-{index}-{number}"
+            engine.input_processor.assign_request_id(one)
+            finished.unfinished[named] = one.request_id, index, number
+            engine.output_processor.add_request(one, None, queue=finished)
+            await engine.engine_core.add_request_async(one)
+
+
+def answer(output: RequestOutput, prompt: int, sample: int) -> dict[str, Any]:
+    """One line of the answer."""
     completion = output.outputs[0]
     return {
-        "prompt": index,
-        "sample": number,
+        "prompt": prompt,
+        "sample": sample,
         "tokens": list(completion.token_ids),
         "logprobs": completion.logprobs.logprobs,
         "finish_reason": completion.finish_reason,
@@ -153,19 +211,3 @@ async def _finished(index: int, number: int, collector: RequestOutputCollector) 
         "version_ends": [span.end for span in completion.weight_versions],
         **({} if completion.routed_experts is None else {"routed_experts": encode(completion.routed_experts)}),
     }
-
-
-async def _queue(engine: AsyncLLM, request: dict[str, Any], index: int, seed: int, name: str) -> RequestOutputCollector:
-    params = SamplingParams(
-        temperature=request["temperature"],
-        top_p=request["top_p"],
-        max_tokens=request["max_tokens"][index],
-        stop_token_ids=request["stop_token_ids"],
-        seed=seed,
-        logprobs=0,  # of the sampled token only
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # made for this request alone; a deep copy of each costs as much as the rest of the queueing
-    )
-    return await engine.add_request(name, tokens_input(request["prompts"][index]), params)

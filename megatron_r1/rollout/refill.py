@@ -14,7 +14,7 @@ from megatron_r1.errors import EngineError
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.member import Member
-from megatron_r1.rollout.responses import Ask, Response, joined
+from megatron_r1.rollout.responses import Ask, Response, joined, merged
 from megatron_r1.rollout.scheduler import Assignment, Scheduler
 from megatron_r1.rollout.server import EngineLostError
 from megatron_r1.seeds import stream_seed
@@ -54,6 +54,8 @@ class Asked:
     sampling: Sampling
     question: Question | None = None
     """For the tools of a conversation."""
+    shares_request: bool = False
+    """Whether it may be asked in one request with others: nobody will forget it before them."""
     there: dict[int, Response] = field(default_factory=dict)
     begun: dict[int, Response] = field(default_factory=dict)
     """Beginnings of samples, by their numbers."""
@@ -143,7 +145,8 @@ class Refill:
         try:
             for index, key in enumerate(keys):
                 parts = (work.prompts[index], work.seeds[index], work.max_tokens[index], work.sampling)
-                asked = Asked(running, index, *parts, work.questions[index] if work.questions else None)
+                question = work.questions[index] if work.questions else None
+                asked = Asked(running, index, *parts, question, shares_request=True)
                 self._queue(key, asked, self.engines.weights.version)
             self._send()
             hopeless = asyncio.create_task(self.hopeless())
@@ -214,44 +217,54 @@ class Refill:
         self._scheduler.submit(key, len(asked.prompt), samples, asked.max_tokens, at_least, there=there)
 
     def _send(self) -> None:
+        requests: dict[tuple[object, str], list[tuple[Assignment, Asked]]] = {}
         for assignment in self._scheduler.assign():
             asked = self._groups[str(assignment.key)]
             asked.owner.sent(asked.name, self._members[assignment.engine].version)
-            asked.request = asyncio.ensure_future(self._ask(assignment, asked))
+            shared = id(asked.owner) if asked.shares_request else assignment.key
+            requests.setdefault((shared, assignment.engine), []).append((assignment, asked))
+        for (_, engine), groups in requests.items():
+            request = asyncio.ensure_future(self._ask(engine, groups))
+            for _, asked in groups:
+                asked.request = request
 
-    async def _ask(self, assignment: Assignment, asked: Asked) -> None:
-        key = str(assignment.key)
-        request = asked.rest(assignment.samples)
-        self.engines.resumed += len(asked.begun.keys() & set(assignment.samples))
+    async def _ask(self, engine: str, groups: list[tuple[Assignment, Asked]]) -> None:
+        """Ask an engine for groups of one owner."""
+        owner = groups[0][1].owner
+        request = merged([asked.rest(assignment.samples) for assignment, asked in groups])
+        self.engines.resumed += sum(len(asked.begun.keys() & set(given.samples)) for given, asked in groups)
         places = [(prompt, number) for prompt, seeds in enumerate(request.seeds) for number in range(len(seeds))]
-        numbers = dict(zip(places, assignment.samples, strict=True))
+        wanted = [(str(given.key), asked, sample) for given, asked in groups for sample in given.samples]
+        at = dict(zip(places, wanted, strict=True))
 
         def take(response: Response) -> None:
-            sample = numbers[response.prompt, response.sample]
+            key, asked, sample = at[response.prompt, response.sample]
             whole = joined(asked.begun.get(sample), response)
             if response.finish_reason == "abort":
                 if whole.tokens:
                     asked.begun[sample] = whole.model_copy(update={"sample": sample})
                 return
-            outcome = self._scheduler.finished(assignment.engine, key, sample, len(whole.tokens))
+            outcome = self._scheduler.finished(engine, key, sample, len(whole.tokens))
             if outcome == "ignored":
                 return
             asked.begun.pop(sample, None)
             asked.there[sample] = whole.model_copy(update={"sample": sample})
             if outcome == "complete":
                 del self._groups[key]
-                asked.owner.complete(asked.name, [asked.there[number] for number in sorted(asked.there)])
+                owner.complete(asked.name, [asked.there[number] for number in sorted(asked.there)])
             self._send()
 
         try:
-            await self.engines.ask(self._members[assignment.engine], request, take)
-            if self._groups.get(key) is asked:  # some of it was cut
+            await self.engines.ask(self._members[engine], request, take)
+            cut = [str(given.key) for given, asked in groups if self._groups.get(str(given.key)) is asked]
+            for key in cut:
                 self._scheduler.returned(key)
+            if cut:
                 self._send()
         except EngineLostError:
-            pass  # `left` has put the group back
+            pass  # `left` has put the groups back
         except Exception as error:  # an engine that refuses, or a defect: who has asked is told
-            asked.owner.fail(error)
+            owner.fail(error)
 
 
 def _name(member: Member) -> str:

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import httpx
@@ -58,6 +58,18 @@ class Ask:
             **asdict(self.sampling),
             "max_tokens": self.max_tokens,
         }
+
+
+def merged(requests: Sequence[Ask]) -> Ask:
+    """Several of one sampling as one, their prompts behind each other."""
+    questions = [question for one in requests for question in one.questions or ()]
+    return replace(
+        requests[0],
+        prompts=[prompt for one in requests for prompt in one.prompts],
+        seeds=[seeds for one in requests for seeds in one.seeds],
+        max_tokens=[longest for one in requests for longest in one.max_tokens],
+        questions=questions or None,
+    )
 
 
 class Response(BaseModel):

@@ -177,6 +177,7 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
     command += ["--skip-tokenizer-init", "--logprobs-mode=processed_logprobs", "--generation-config=vllm"]
     command += ["--middleware=megatron_r1.rollout.batch_route.BatchRoute"]
     command += ["--middleware=megatron_r1.rollout.token_gate.TokenGate"]  # the last one stands outermost
+    command += ["--scheduler-cls=megatron_r1.rollout.held_outputs.scheduler"]
     receiver = f"{recording}.RecordingReceiver" if recording else "megatron_r1.rollout.receiver.Receiver"
     command += [f"--worker-extension-cls={receiver}"]
     command += ["--enable-return-routed-experts"] if section.returns_experts else []

@@ -28,6 +28,7 @@ from megatron_r1.train.collector import Collector
 from megatron_r1.train.correction import agreement, corrected
 from megatron_r1.train.critic import Critic, explained_variance
 from megatron_r1.train.gather import gather
+from megatron_r1.train.guard import Judge
 from megatron_r1.train.mismatch import logprob_difference, mean_over_ranks
 from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.reference import Reference
@@ -85,14 +86,26 @@ class Learner:
         """What a checkpoint keeps besides the policy."""
         return {"reference": self.reference.weights} if self.reference else {}
 
-    def score(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
-        """This rank's minibatches with log-probabilities under pi_old and pi_ref and values, and what they show."""
-        config, policy = self.config, self.policy
-        share = policy.share(config.tokens_per_microbatch)
+    @property
+    def on_policy(self) -> bool:
+        """Whether nothing needs pi_old before a step's only update, whose own pass then says what it is."""
+        config, advantage = self.config, self.advantage
+        compared = self.reference or self.critic or config.rollout.ahead or config.correction.kind != "none"
+        needy = advantage.needs_values or advantage.needs_ref_logprobs or config.rollout.routing_replay
+        return config.minibatches == 1 and not compared and not needy
+
+    def unscored(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
+        """This rank's minibatches; nothing is known of them yet."""
+        config = self.config
+        share = self.policy.share(config.tokens_per_microbatch)
         seed = stream_seed("minibatches", config.seed, step)
         if config.rollout.routing_replay:
-            refuse_unrecorded(groups, policy.model)
-        batch = list(split(trajectories(groups), config.minibatches, seed, self.loss, share))
+            refuse_unrecorded(groups, self.policy.model)
+        return list(split(trajectories(groups), config.minibatches, seed, self.loss, share)), {}
+
+    def score(self, groups: Sequence[Group], step: int) -> tuple[list[Minibatch], Figures]:
+        """The same with log-probabilities under pi_old and pi_ref and values, and what they show."""
+        config, policy, (batch, _) = self.config, self.policy, self.unscored(groups, step)
         old, entropies = zip(*(policy.logprobs_and_entropies(minibatch) for minibatch in batch), strict=True)
         batch = _with(batch, old_logprobs=old)
         if self.reference:
@@ -117,7 +130,8 @@ class Learner:
     def estimate(self, groups: Sequence[Group], batch: list[Minibatch]) -> tuple[list[Minibatch], Figures]:
         """The minibatches with advantages of all tokens; with a critic, what it should have said, too."""
         samples = [sample for group in groups for sample in group.samples]
-        ref = self._write_back(batch, samples, reported=range(len(groups[0].samples)))
+        scored = batch[0][0].inputs.old_logprobs is not None
+        ref = self._write_back(batch, samples, reported=range(len(groups[0].samples))) if scored else []
         self.advantage(groups, ref)
         idle = sum(not any(sample.advantages) for sample in samples) / len(samples)
         figures = {"zero_advantages": idle}
@@ -126,6 +140,16 @@ class Learner:
             known["returns"] = self.advantage.returns(groups, ref)
             figures["explained_variance"] = explained_variance(samples, known["returns"])
         return [attach(minibatch, **known) for minibatch in batch], figures
+
+    def update(self, minibatch: Minibatch, groups: Sequence[Group], judge: Judge) -> tuple[Minibatch, Figures, Figures]:
+        """The policy's update: the minibatch with pi_old, the update's figures, and those of a missing `score`."""
+        if minibatch[0].inputs.old_logprobs is not None:
+            return minibatch, self.policy.step(minibatch, self.loss, judge), {}
+        figures, old, entropies = self.policy.step_on_policy(minibatch, self.loss, judge)
+        minibatch = with_inputs(minibatch, old_logprobs=old)
+        samples = [sample for group in groups for sample in group.samples]
+        self._write_back([minibatch], samples, reported=range(len(groups[0].samples)))
+        return minibatch, figures, {"entropy": mean_over_ranks(entropies)} | logprob_difference([minibatch])
 
     def _write_back(
         self, batch: list[Minibatch], samples: Sequence[Sample], reported: Container[int]

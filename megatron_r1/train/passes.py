@@ -24,6 +24,7 @@ from megatron_r1.loss.base import Metrics
 from megatron_r1.model import context
 from megatron_r1.model.build import BuiltModel
 from megatron_r1.model.kernels import FP8_UNIT
+from megatron_r1.model.logits import LogitsObserver
 from megatron_r1.model.parallel import device
 from megatron_r1.model.routing import PADDING, Routing
 from megatron_r1.model.trainable import Trainable
@@ -60,6 +61,17 @@ class Passes:
         self.equal = len(self._ddp) > 1
         self.multiple = stages if self.equal else 1
         model.config.variable_seq_lengths = not self.equal
+        self.head: LogitsObserver | None = None
+        """Of a language model whose logits are computed where they count alone."""
+        # Context and sequence parallelism cut rows before the head; the MTP loss, FP8's tiles and plans of layers'
+        # parts count on whole ones.
+        self.whole_rows = cuts == 1 and not (
+            model.config.sequence_parallel
+            or model.config.mtp_num_layers
+            or model.kernels.fp8
+            or model.config.overlap_moe_expert_parallel_comm
+        )
+        """Whether the head of a stage sees whole rows, and nothing else counts on what it gives."""
         syncs: list[Any] = [ddp.no_sync for ddp in self._ddp]
         model.config.grad_scale_func = trainable.optimizer.scale_loss
         model.config.finalize_model_grads_func = finalize_model_grads
@@ -121,6 +133,10 @@ class Passes:
         """The whole rows that context-parallel ranks hold parts of. [rows, seq]"""
         return context.whole(output, _ends(micro), 1, summed=False) if context.size() > 1 else output
 
+    def selected(self, output: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        """What the model gives for the positions that count. `[rows, seq]`, or `[1, selected]` -> `[selected]`"""
+        return output.flatten() if self._narrow(micro) else self.row(output, micro).flatten()[micro.selected]
+
     def tokens(self, minibatch: Minibatch) -> int:
         """Tokens of the minibatch over all ranks."""
         return self.over_batch(sum(micro.count for micro in minibatch))
@@ -176,9 +192,18 @@ class Passes:
 
     def _forward(self, micro: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
         inputs, sequences = self._inputs(micro)
-        with self._routing.of(sequences, _experts(micro)) if self._routing else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self._routing:
+                stack.enter_context(self._routing.of(sequences, _experts(micro)))
+            if self.head and self._narrow(micro):
+                stack.enter_context(self.head.only(micro.selected))
+                inputs["labels"] = micro.labels[:, micro.selected]
             output: torch.Tensor = model(**inputs)
         return output
+
+    def _narrow(self, micro: MicroBatch) -> bool:
+        """Whether logits are computed where they count alone."""
+        return self.head is not None and micro.tokens.size(0) == 1 and 0 < micro.selected.numel() < micro.tokens.numel()
 
     def _planned(self, micro: MicroBatch, model: Any) -> Any:
         """The forward pass as a plan of its layers' parts, which Megatron mixes with another's backward pass."""

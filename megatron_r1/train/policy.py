@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -66,11 +67,24 @@ class TrainedModel:
         said, elsewhere = self.passes.rerouted(minibatch, self._said)
         return self._on_all_stages(minibatch, said), elsewhere
 
-    def step(self, minibatch: Minibatch, loss: Loss, judge: Judge = refuse_non_finite) -> Figures:
+    def step(
+        self,
+        minibatch: Minibatch,
+        loss: Loss,
+        judge: Judge = refuse_non_finite,
+        said: list[torch.Tensor] | None = None,
+    ) -> Figures:
         """One optimizer update that minimises `loss` over the minibatch of all ranks.
 
         Where `judge` says no to its loss and gradient norm (not a number where a gradient is not finite), nothing
         changes but the schedule, which counts it.
+
+        Args:
+            minibatch: this rank's part.
+            loss: the objective.
+            judge: whether the update is made.
+            said: an empty list for a minibatch of the very weights that are updated: gets what `outputs` would have
+                given before the update, which counts as `old_logprobs` and costs no pass of its own.
 
         Returns the loss's own metrics with grad_norm, lr and, where the model trains them, mtp_loss.
 
@@ -88,7 +102,11 @@ class TrainedModel:
         before = [bias.clone() for bias in biases]
 
         def objective(output: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-            value, metrics = loss(self._selected(output, micro), micro.inputs)
+            selected, inputs = self._selected(output, micro), micro.inputs
+            if said is not None:
+                said.append(selected.detach().float().clone())
+                inputs = replace(inputs, old_logprobs=said[-1])
+            value, metrics = loss(selected, inputs)
             return value * scale, metrics | self.passes.mtp_loss(micro)
 
         figures = self.passes.total(self.passes.run(minibatch, objective, train=True))
@@ -123,7 +141,7 @@ class TrainedModel:
         return self.passes.tensors(said, [micro.selected.numel() for micro in minibatch])
 
     def _selected(self, output: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-        return self.passes.row(self.read(output), micro).flatten()[micro.selected]
+        return self.passes.selected(self.read(output), micro)
 
     def _update(self, grad_norm: float) -> None:
         """What `ChainedOptimizer.step` does once it knows the gradient norm."""
@@ -173,6 +191,7 @@ class Policy(TrainedModel):
         super().__init__(model, optim, updates, tokens_before)
         last = model.chunks[-1]
         self.observer = LogitsObserver(last, temperature) if last.post_process else None
+        self.passes.head = self.observer if self.passes.whole_rows else None
 
     def read(self, output: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the labels; the module gives their cross-entropy."""
@@ -184,14 +203,27 @@ class Policy(TrainedModel):
 
     def logprobs_and_entropies(self, minibatch: Minibatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """`logprobs`, and the entropy of the distribution that each selected token was drawn from, nats."""
-        entropies: list[torch.Tensor] = []
-        with self.observer.watching() if self.observer else contextlib.nullcontext(entropies) as entropies:
+        with self._watched() as entropies:
             logprobs = self.logprobs(minibatch)
-        rows = [
-            self.passes.row(entropy, micro).flatten()[micro.selected]
-            for entropy, micro in zip(entropies, minibatch, strict=False)
-        ]
-        return logprobs, self.passes.tensors(rows, [micro.selected.numel() for micro in minibatch])
+        return logprobs, self._of_all_stages(entropies, minibatch)
+
+    def step_on_policy(
+        self, minibatch: Minibatch, loss: Loss, judge: Judge
+    ) -> tuple[Figures, list[torch.Tensor], list[torch.Tensor]]:
+        """`step` of a minibatch that the weights to be updated have sampled, and `logprobs_and_entropies` before it."""
+        said: list[torch.Tensor] = []
+        with self._watched() as entropies:
+            figures = self.step(minibatch, loss, judge, said)
+        logprobs = self.passes.tensors(said, [micro.selected.numel() for micro in minibatch])
+        return figures, logprobs, self._of_all_stages(entropies, minibatch)
+
+    def _watched(self) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
+        return self.observer.watching() if self.observer else contextlib.nullcontext([])
+
+    def _of_all_stages(self, entropies: list[torch.Tensor], minibatch: Minibatch) -> list[torch.Tensor]:
+        """Entropies that the last pipeline stage has, of the tokens that count, on all stages."""
+        rows = [self.passes.selected(said, micro) for said, micro in zip(entropies, minibatch, strict=False)]
+        return self.passes.tensors(rows, [micro.selected.numel() for micro in minibatch])
 
 
 def _make_moments(optimizer: MegatronOptimizer) -> None:

@@ -112,7 +112,10 @@ class _Training:
             report.add(rollout_figures(rollout.sampled) | rollout.figures)
             report.add(throughput(rollout.sampled, rollout.seconds))
             with report.phase("logprobs"):
-                batch, figures = learner.score(rollout.groups, step)  # pi_old, pi_ref, V
+                if self._compared and learner.on_policy:
+                    batch, figures = learner.unscored(rollout.groups, step)  # pi_old comes with the update
+                else:
+                    batch, figures = learner.score(rollout.groups, step)  # pi_old, pi_ref, V
                 batch, estimated = learner.estimate(rollout.groups, batch)  # A_i = (r_i - mean) / std
             self._compare(figures)
             warn_of_nothing_to_learn(report, rollout.sampled, estimated["zero_advantages"], step)
@@ -120,7 +123,7 @@ class _Training:
                 if critic:
                     report.add(critic.step(batch))  # V -> R
                 if not (critic and critic.warming(step)):
-                    self._update(step, batch, rollout.groups)  # ascend J
+                    figures |= self._update(step, batch, rollout.groups)  # ascend J
             collector.push(learner.export(), version=step + 1)  # pi_old <- pi_theta
             if learner.reference and learner.reference.refresh(step + 1):
                 report.message(f"reference := policy after step {step + 1}")
@@ -137,16 +140,18 @@ class _Training:
             self._report.message(refuse_above(self._config.logprob_bound, figures))
             self._compared = True
 
-    def _update(self, step: int, batch: Sequence[Minibatch], groups: Sequence[Group]) -> None:
-        """The policy's updates of a step."""
+    def _update(self, step: int, batch: Sequence[Minibatch], groups: Sequence[Group]) -> Figures:
+        """The policy's updates of a step. Returns what `score` has not said before."""
         policy, tick = self._learner.policy, time.perf_counter()
-        for minibatch in batch:
-            self._report.add(policy.step(minibatch, self._learner.loss, self._judge))
+        for part in batch:
+            minibatch, figures, found = self._learner.update(part, groups, self._judge)
+            self._report.add(figures)
             self._guard.follow_up(step, minibatch, lambda part: [-said for said in policy.outputs(part)])
         lengths = [trajectory.length for trajectory in trajectories(groups)]
         speed = self._throughput.figures(lengths, time.perf_counter() - tick)
         del speed["tokens_per_second"]  # that name is the rollout's
         self._report.add(speed)
+        return found
 
     def _judge(self, loss: float | None, grad_norm: float) -> bool:
         """By the gradient alone: the loss is near zero whatever is learned."""

@@ -11,6 +11,7 @@ from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model.build import BuiltModel
 from megatron_r1.model.mapping import weights
 from megatron_r1.train.batch import Minibatch, Trajectory, with_inputs
+from megatron_r1.train.guard import refuse_non_finite
 from megatron_r1.train.policy import Policy
 from megatron_r1.train.reference import Reference
 from tests.train.conftest import advantages, one_minibatch, rollout
@@ -55,6 +56,29 @@ def test_packed_logprobs_and_entropies_equal_single_rows(make_policy: MakePolicy
         expected, entropy = alone(policy, sample)
         torch.testing.assert_close(packed[key], expected, atol=2e-6, rtol=0)
         torch.testing.assert_close(spread[key], entropy, atol=2e-5, rtol=0)
+
+
+def test_logits_are_computed_where_they_count(make_policy: MakePolicy) -> None:
+    policy, minibatch = make_policy(), one_minibatch(rollout(8), LOSS, capacity=80)
+    shapes: list[torch.Size] = []
+    policy.model.module.output_layer.register_forward_hook(lambda module, args, output: shapes.append(output[0].shape))
+    policy.logprobs(minibatch)
+    assert [shape[0] for shape in shapes] == [micro.selected.numel() for micro in minibatch]
+    assert all(micro.selected.numel() < micro.tokens.numel() for micro in minibatch)
+
+
+def test_an_update_on_policy_is_the_one_after_a_pass_for_the_old_logprobs(make_policy: MakePolicy) -> None:
+    loss = Grpo(Grpo.Config(clip_eps=0.2, kl_coef=0.0))
+    minibatch = one_minibatch(rollout(), loss, 60)
+    one, two = make_policy(0.7), make_policy(0.7)
+    figures, logprobs, entropies = one.step_on_policy(minibatch, loss, refuse_non_finite)
+    old, spread = two.logprobs_and_entropies(minibatch)
+    assert figures == two.step(with_inputs(minibatch, old_logprobs=old), loss)
+    assert figures["ratio"] == pytest.approx(1.0, abs=1e-6)
+    for ours, theirs in ((logprobs, old), (entropies, spread)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    twins = zip(one.model.module.parameters(), two.model.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in twins)
 
 
 def test_temperature_sharpens_the_distribution(make_policy: MakePolicy) -> None:

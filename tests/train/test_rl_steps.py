@@ -23,10 +23,13 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
 from megatron_r1.train import rl
 from megatron_r1.train.collector import Collector, by_token
+from megatron_r1.train.learner import Learner
 from megatron_r1.types import Group, Question, Sample
 from tests.data.chat_rows import VOCABULARY, write_tokenizer
 from tests.train.conftest import MODEL
 
+TIMES = ("seconds", "elapsed", "time", "tokens_per", "tflops", "mfu", "memory")
+"""Figures that differ between two runs of the same."""
 SUM = {"type": "reasoning_gym", "dataset": "chain_sum"}
 
 
@@ -143,6 +146,38 @@ def test_an_update_that_is_not_finite_stops_the_run(answering: type[Answering], 
     with pytest.raises(NumericsError, match=r"step [01]: .*so the update was refused; the batch is in"):
         run(base, tmp_path, optim={"lr": 1e30})
     assert len(list((tmp_path / "bad_batches").rglob("rank_0.pt"))) == 1
+
+
+def test_with_one_update_a_step_only_the_first_has_a_pass_for_the_old_logprobs(
+    answering: type[Answering], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And everything else is as with such a pass at every step: weights bit for bit, figures, what samples show."""
+    scored: list[int] = []
+    score = Learner.score
+
+    def counted(self: Learner, groups: Sequence[Group], step: int) -> Any:
+        scored.append(step)
+        return score(self, groups, step)
+
+    monkeypatch.setattr(Learner, "score", counted)
+    changes = {"steps": 3, "minibatches": 1, "loss": {"type": "grpo", "kl_coef": 0.0}}
+    run(base, tmp_path / "one", **changes)
+    assert scored == [0], "the gate needs them before the first update"
+    monkeypatch.setattr(Learner, "on_policy", property(lambda self: False))
+    run(base, tmp_path / "two", **changes)
+    assert scored == [0, 0, 1, 2]
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    shown = [
+        [
+            {name: value for name, value in json.loads(line).items() if not name.startswith(TIMES)}
+            for line in (tmp_path / folder / file).read_text().splitlines()
+        ]
+        for file in ("metrics.jsonl", "samples.jsonl")
+        for folder in ("one", "two")
+    ]
+    assert shown[0] == shown[1]
+    assert shown[2] == shown[3]
 
 
 def test_what_a_step_records(answering: type[Answering], base: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_beginnings_outlive_their_engine_and_their_flow(opened: Open, tmp_path: 
     [response_] = had["data:0"]
     assert (response_.sample, response_.tokens, response_.weight_versions) == (0, begun, [0])
     with flowing(fleet, "partial_rollouts") as told:
-        told.flow.submit("data:0", [1, 3], seeds(0), 1, had["data:0"])
+        told.flow.submit("data:0", [1, 3], seeds(0), 1, had=had["data:0"])
         told.until(lambda: bool(told.complete))
     first, *others = told.complete["data:0"]
     again = stream_seed(seeds(0)[0], "resumed", len(begun))

@@ -28,7 +28,7 @@ from megatron_r1.types import Group, Question, Sample
 from tests.data.chat_rows import VOCABULARY, write_tokenizer
 from tests.train.conftest import MODEL
 
-TIMES = ("seconds", "elapsed", "time", "tokens_per", "tflops", "mfu", "memory")
+TIMES = ("seconds", "elapsed", "time", "tokens_per", "tflops", "mfu", "memory", "learner_idle")
 """Figures that differ between two runs of the same."""
 SUM = {"type": "reasoning_gym", "dataset": "chain_sum"}
 

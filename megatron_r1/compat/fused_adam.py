@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 
 def let_megatron_make_its_state(kind: type[Any]) -> None:
     """Give `FusedAdam.initialize_state` the default for an argument that Megatron leaves out.
@@ -19,7 +21,7 @@ def let_megatron_make_its_state(kind: type[Any]) -> None:
 
     def initialize_state(self: Any, param: Any, store_param_remainders: bool | None = None) -> None:
         if store_param_remainders is None:
-            store_param_remainders = self.store_param_remainders and str(param.dtype) == "torch.bfloat16"
+            store_param_remainders = self.store_param_remainders and param.dtype == torch.bfloat16
         original(self, param, store_param_remainders)
 
     vars(initialize_state)["has_default"] = True

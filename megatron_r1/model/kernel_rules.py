@@ -1,9 +1,10 @@
-"""What of [model.kernels], [model.fp8], [model.memory] and [optim] does not go together, as one table.
+"""What of [model.kernels], [model.fp8] and [model.memory] does not go together, as one table.
 
-Most of it is what megatron-core 0.16.1 asserts (transformer_config.py:900, optimizer_config.py:340), said before
-anything is built and in the words of a run file. `docs/kernels.md` has the table, too.
+Most of it is what megatron-core 0.16.1 asserts (transformer_config.py:900), said before anything is built and in the
+words of a run file. `docs/kernels.md` has the table, too.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,12 @@ def _by_node(setting: Setting) -> bool:
 
 def _graphs(setting: Setting) -> bool:
     return bool(setting["cuda_graphs"] != "none")
+
+
+def _most_bf16(setting: Setting) -> int:
+    """Layers that stay in BF16 at one end of the model, the larger number."""
+    fp8 = setting.section.fp8
+    return max(fp8.first_bf16_layers, fp8.last_bf16_layers) if fp8 else 0
 
 
 @dataclass(frozen=True)
@@ -177,13 +184,15 @@ RULES = [
     ),
     Rule(
         'model.fp8.recipe = "delayed" with layers in BF16',
-        lambda s: (
-            s.recipe == "delayed"
-            and s.kernels.fp8 is not None
-            and s.kernels.fp8.first_bf16_layers + s.kernels.fp8.last_bf16_layers > 0
-        ),
+        lambda s: s.recipe == "delayed" and _most_bf16(s) > 0,
         "largest numbers of all layers are exchanged together",
         'write recipe = "current", or no first_bf16_layers and last_bf16_layers',
+    ),
+    Rule(
+        "model.fp8.first_bf16_layers or last_bf16_layers above num_hidden_layers / parallel.pipeline",
+        lambda s: _most_bf16(s) * s.ranks("pipeline") > s.hf.get("num_hidden_layers", math.inf),
+        "upstream keeps no more layers of an end in BF16 than a pipeline stage has",
+        "write a smaller number, or less parallel.pipeline",
     ),
     Rule(
         'model.fp8.weight_gradients = false without recipe = "delayed"',
@@ -368,32 +377,3 @@ RULES = [
     ),
 ]
 """[model]'s."""
-
-
-OPTIM_RULES = [
-    Rule(
-        "optim.moments, gradients, master or offload other than the defaults, in float32",
-        lambda s: s.section.dtype == "float32",
-        "lower precision and offloading are those of a bfloat16 model's optimizer",
-        'write dtype = "bfloat16"',
-    ),
-    Rule(
-        "optim.moments, gradients or master other than float32 without Transformer Engine",
-        lambda s: s.machine.cuda is None or s.older("2.1"),
-        "of all optimizers only its FusedAdam keeps them so (megatron-core's precision-aware optimizer)",
-        "leave them out, or install transformer-engine on a machine with a GPU",
-    ),
-    Rule(
-        'optim.master = "float16" with model.fp8.parameters',
-        lambda s: bool(s.kernels.fp8 and s.kernels.fp8.parameters and s.optim and s.optim.master == "float16"),
-        "8-bit weights are made from Megatron's own float32 copy",
-        'write master = "float32"',
-    ),
-    Rule(
-        "optim.moments or master other than float32 with offload",
-        lambda s: bool(s.optim and s.optim.offload and {s.optim.moments, s.optim.master} != {"float32"}),
-        "megatron-core's offloading optimizer keeps all of it in float32",
-        "leave them out, or leave `offload` out",
-    ),
-]
-"""[optim]'s, where `OptimSection.precision_aware`."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_r1.config.kernels import KernelsSection
 from megatron_r1.config.sections import ParallelSection
 from megatron_r1.errors import ConfigError
 
@@ -26,8 +27,13 @@ TIMEOUT = timedelta(days=1)
 needs no limit, because torchrun ends the others."""
 
 
-def initialize(section: ParallelSection, seed: int) -> None:
+def initialize(section: ParallelSection, seed: int, kernels: KernelsSection | None = None) -> None:
     """Join the process group (a single process makes its own), lay the ranks out and seed every generator.
+
+    Args:
+        section: the run's [parallel].
+        seed: of every generator.
+        kernels: the run's [model.kernels], where something is trained.
 
     Raises:
         ConfigError: the layout does not divide the processes.
@@ -36,7 +42,8 @@ def initialize(section: ParallelSection, seed: int) -> None:
         torch.set_num_threads(section.threads)
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            _set_environment(section)
+            for name, value in cuda_environment(section, kernels or KernelsSection()).items():
+                os.environ.setdefault(name, value)
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
@@ -59,13 +66,20 @@ def initialize(section: ParallelSection, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _set_environment(section: ParallelSection) -> None:
-    """What CUDA reads when its first kernel runs, unless the user has set it."""
+def cuda_environment(section: ParallelSection, kernels: KernelsSection) -> dict[str, str]:
+    """What CUDA reads when its first kernel runs. What the user has set wins.
+
+    Queues are what Megatron-LM 0.19.2 asks for (training/arguments.py:1413): with tensor or context parallelism 1, so
+    that a collective starts before the product that is to hide it; with `overlap_expert_exchange` many, because
+    exchange and products run on streams of their own. With both it leaves the choice; here what was asked for wins.
+    """
     # Packed rows are never of one length: without it memory ends up in pieces that fit none.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if section.tensor > 1 or section.context > 1:
-        # Megatron-core starts a collective before the product that is to hide it, and relies on one queue for that.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if kernels.overlap_expert_exchange:
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+    elif section.tensor > 1 or section.context > 1:
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return environment
 
 
 def record_generators() -> None:

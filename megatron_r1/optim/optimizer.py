@@ -13,9 +13,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron_r1.compat.fused_adam import let_megatron_make_its_state
 from megatron_r1.config.sections import OptimSection
 from megatron_r1.model.build import BuiltModel
-from megatron_r1.model.kernel_rules import OPTIM_RULES, refuse
+from megatron_r1.model.kernel_rules import refuse
 from megatron_r1.model.kernels import sum_in_products
 from megatron_r1.model.trainable import Trainable
+from megatron_r1.optim.optimizer_rules import OPTIM_RULES
 from megatron_r1.optim.schedule import LearningRate, PhaseScheduler, TokensBefore
 
 

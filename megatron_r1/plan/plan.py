@@ -16,12 +16,13 @@ from megatron_r1.model.context_extension import extended
 from megatron_r1.model.family import HFConfig
 from megatron_r1.model.flops import Flops, training_flops
 from megatron_r1.model.hf_folder import read_config
-from megatron_r1.model.kernel_rules import OPTIM_RULES, RULES
+from megatron_r1.model.kernel_rules import RULES
 from megatron_r1.model.kernel_rules import Setting as KernelSetting
 from megatron_r1.model.kernels import Machine, choose
 from megatron_r1.model.layout_check import options_of
 from megatron_r1.model.memory import Shape
 from megatron_r1.model.scalar_head import as_classifier
+from megatron_r1.optim.optimizer_rules import OPTIM_RULES
 from megatron_r1.plan.fleet import FleetPlan, plan_fleet, plan_servers
 from megatron_r1.plan.hardware import H100, Hardware
 from megatron_r1.plan.layouts import Finding, illegal, too_long, uneven, unwise
@@ -246,7 +247,7 @@ def _manner(run: Run, load: Load, precision: Precision, hardware: Hardware) -> M
 
 
 def _refused(run: Run, hf: HFConfig) -> list[Finding]:
-    """What `model/kernel_rules.py` would refuse on the machines."""
+    """What `model/kernel_rules.py` and `optim/optimizer_rules.py` would refuse on the machines."""
     asked = KernelSetting(
         section=run.model,
         kernels=choose(run.model, GPUS),

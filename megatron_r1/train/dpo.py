@@ -28,7 +28,7 @@ from megatron_r1.train.preference_loop import Data, PreferenceLoop, chunks, shar
 
 def run(config: DPOConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
-    initialize(config.parallel, config.seed)
+    initialize(config.parallel, config.seed, config.model.kernels)
     ranks = dist.get_rank(), dist.get_world_size()
     with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 dpo") as heartbeat:
         return _train(config, heartbeat)

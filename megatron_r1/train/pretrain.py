@@ -46,7 +46,7 @@ LAST_ROW = "last_row"
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Pretrain, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
-    initialize(config.parallel, config.seed)
+    initialize(config.parallel, config.seed, config.model.kernels)
     ranks = dist.get_rank(), dist.get_world_size()
     with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 pretrain") as heartbeat:
         return _Pretraining(config, heartbeat).run()

@@ -33,7 +33,7 @@ _OPEN = "<think>"
 
 def run(config: RewardModelConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
-    initialize(config.parallel, config.seed)
+    initialize(config.parallel, config.seed, config.model.kernels)
     ranks = dist.get_rank(), dist.get_world_size()
     with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 reward-model") as heartbeat:
         return _train(config, heartbeat)

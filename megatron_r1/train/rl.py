@@ -43,7 +43,7 @@ _FIRST_STEPS = 3
 
 def run(config: RLConfig) -> dict[str, Any]:
     """Train, or go on where the output folder's newest checkpoint stands; ends with an HF export."""
-    initialize(config.parallel, config.seed)
+    initialize(config.parallel, config.seed, config.model.kernels)
     ranks = dist.get_rank(), dist.get_world_size()
     with Heartbeat(config.output, config.guard, *ranks, "megatron-r1 rl") as heartbeat:
         return _Training(config, heartbeat).run()

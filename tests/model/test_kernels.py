@@ -21,10 +21,11 @@ from megatron_r1.config.kernels import HOPPER, LOCAL, Fp8Section, KernelsSection
 from megatron_r1.config.sections import ModelSection, OptimSection, ParallelSection
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.build import build_model
-from megatron_r1.model.kernel_rules import OPTIM_RULES, RULES, Rule, Setting, refuse
+from megatron_r1.model.kernel_rules import RULES, Rule, Setting, refuse
 from megatron_r1.model.kernels import Machine, choose, kernel_options, refuse_uneven
-from megatron_r1.model.parallel import initialize
+from megatron_r1.model.parallel import cuda_environment, initialize
 from megatron_r1.optim.optimizer import make_trainable
+from megatron_r1.optim.optimizer_rules import OPTIM_RULES
 from tests.model.conftest import MODEL, section
 from tests.model.dense_models import SHAPE
 from tests.model.moe_models import MOE_MODELS
@@ -32,7 +33,12 @@ from tests.model.moe_models import MOE_MODELS
 H100 = Machine((13, 0), (9, 0), Version("2.11.0"), deep_ep=True)
 BARE = dataclasses.replace(H100, transformer_engine=None)
 CPU = Machine()
-V3: dict[str, Any] = {"kv_lora_rank": 512, "n_routed_experts": 256, "num_nextn_predict_layers": 1}
+V3: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "n_routed_experts": 256,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+}
 LAYOUT = {
     "expert_model_parallel_size": 8,
     "pipeline_model_parallel_size": 2,
@@ -147,6 +153,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("Engine before 2.3", {"machine": dataclasses.replace(H100, transformer_engine=Version("2.2")), "fp8": {}}),
     ('format = "hybrid"', {"fp8": {"format": "hybrid"}}),
     ('"delayed" with layers in BF16', {"fp8": {"recipe": "delayed", "last_bf16_layers": 1}}),
+    ("first_bf16_layers or last_bf16_layers above", {"fp8": {"recipe": "current", "first_bf16_layers": 31}}),
+    ("first_bf16_layers or last_bf16_layers above", {"fp8": {"recipe": "current", "last_bf16_layers": 31}}),
     ("weight_gradients = false without", {"fp8": {"weight_gradients": False}}),
     (
         '"delayed" with "layernorm"',
@@ -222,6 +230,8 @@ def test_every_rule_has_a_case_and_none_holds_otherwise() -> None:
         {"layout": ALONE},
         {"fp8": {}},
         {"fp8": {"recipe": "current", "parameters": True, "first_bf16_layers": 1, "last_bf16_layers": 1}},
+        {"fp8": {"recipe": "current", "first_bf16_layers": 30, "last_bf16_layers": 30}},
+        {"fp8": {"recipe": "current", "first_bf16_layers": 61}, "layout": ALONE},
         {"machine": BLACKWELL, "fp8": {"recipe": "mxfp8"}},
         {"fp8": {}, "memory": SOME | {"recompute_modules": ["layernorm", "mla_up_proj", "moe_act"]}},
         {"kernels": {"dispatcher": "deepep", "overlap_expert_exchange": True, "delay_weight_gradient": True}},
@@ -282,6 +292,23 @@ def test_a_run_that_asks_for_what_is_not_here_is_told_so() -> None:
     assert plain.kernels.said == "layers are plain torch's: there is no CUDA device"
     with pytest.raises(ConfigError, match="precision-aware"):
         make_trainable(plain, OptimSection(lr=1e-3, moments="bfloat16"), 1)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "overlap", "queues"),
+    [
+        ({}, None, None),
+        ({"tensor": 2}, None, "1"),
+        ({"context": 2}, False, "1"),
+        ({"expert": 8}, None, None),
+        ({"expert": 8}, True, "32"),
+        ({"tensor": 2, "expert": 8}, True, "32"),
+    ],
+)
+def test_queues_of_the_device(parallel: dict[str, int], overlap: bool | None, queues: str | None) -> None:
+    """What Megatron-LM 0.19.2 asks for (training/arguments.py:1413)."""
+    kernels = KernelsSection(overlap_expert_exchange=overlap)
+    assert cuda_environment(ParallelSection(**parallel), kernels).get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
 
 
 class Product(torch.nn.Module):

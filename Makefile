@@ -15,10 +15,10 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 # Without bytecode caches every process would compile torch and vLLM again: 15 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install quickstart check format test lock clean
+.PHONY: help install quickstart check format test test-megatron lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(INSTALLED)  ## .venv with everything that a run needs, as pinned in requirements/cpu.lock
 

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.manifest import Manifest
-from megatron_r1.compat.megatron_checkpoint import keep_results_in_process
+from megatron_r1.compat.megatron_checkpoint import SaveStrategy, keep_results_in_process
 from megatron_r1.errors import DataError
 from megatron_r1.model.parallel import device, from_first_rank
 
@@ -62,7 +62,7 @@ class Write:
         self.folder, self._need = folder, _bytes_of_all(state)
         with self._explained():
             from_first_rank(self._make_room)
-            self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+            self._request = dist_checkpointing.save(state, str(folder), SaveStrategy(), async_sharded_save=True)
         self._outcome = _Outcome({})
         arguments = self._staged(background)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")

@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
-    """Reads `.metadata` once, by `read_metadata`."""
+    """Reads `.metadata` once, by `read_metadata`, and objects as weights are read: plain values and tensors."""
 
     @cached_property
     def _metadata(self) -> Metadata:
@@ -116,22 +116,22 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self._metadata
 
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        vars(planner)["load_bytes"] = partial(_load_plain, planner)
+        return super().read_data(plan, planner)
 
-class _LoadPlanner(torch_strategy.MCoreLoadPlanner):
-    """Loads objects as weights are loaded: plain values and tensors."""
 
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        name, plain = read_item.dest_index.fqn, torch.load(value, weights_only=True)
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[name], plain)
-        else:  # as megatron-core 0.19 asks for
-            self.state_dict[name] = plain
+def _load_plain(planner: Any, item: Any, value: io.BytesIO) -> None:
+    """`DefaultLoadPlanner.load_bytes`, but for the unpickler."""
+    name, plain = item.dest_index.fqn, torch.load(value, weights_only=True)
+    if planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[name], plain)
+    else:  # as megatron-core 0.19 asks for
+        planner.state_dict[name] = plain
 
 
 def refuse_foreign_pickles() -> None:
-    """Make megatron-core's `dist_checkpointing.load` read through the two classes above."""
+    """Make megatron-core's `dist_checkpointing` read through the class above, whatever planner it has."""
     vars(torch_strategy).update(
-        _get_filesystem_reader=lambda checkpoint_dir, *_, **__: _Reader(checkpoint_dir),
-        FileSystemReader=_Reader,
-        MCoreLoadPlanner=_LoadPlanner,
+        _get_filesystem_reader=lambda checkpoint_dir, *_, **__: _Reader(checkpoint_dir), FileSystemReader=_Reader
     )

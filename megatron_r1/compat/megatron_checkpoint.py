@@ -2,10 +2,14 @@
 
 import queue
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 
 def keep_results_in_process() -> None:
@@ -23,6 +27,23 @@ def keep_results_in_process() -> None:
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     if choose := getattr(torch_strategy, "get_async_strategy", None):
         vars(torch_strategy)["get_async_strategy"] = lambda strategy="mcore", module=None: choose("mcore", module)
+
+
+class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
+    """Writes what 0.16 writes by default, under 0.19, too: either goes on where the other has been.
+
+    From 0.19 on one thread writes one file a rank, and what all ranks hold in common is an object among the tensors
+    instead of `common.pt`, which 0.16 asks for and 0.19 still reads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=2)
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *args: Any, **options: Any) -> Any:
+        held_by_all = sharded_state_dict.pop("common_state", None)
+        if held_by_all is not None and dist.get_rank() == 0:
+            torch.save(held_by_all.data, Path(checkpoint_dir) / COMMON_STATE_FNAME)
+        return super().async_save(sharded_state_dict, checkpoint_dir, *args, **options)
 
 
 def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:

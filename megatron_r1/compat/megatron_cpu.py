@@ -13,12 +13,14 @@ Can go when megatron-core asks `torch.accelerator` (or its platform layer) for t
 import contextlib
 import importlib.abc
 import importlib.machinery
+import logging
 import re
 import sys
 import time
 import types
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ RULES: list[tuple[str, re.Pattern[str], str]] = [
         f"{NAMESPACE}.all_gather(output_tensor_list",
     ),
     ("pinned memory", re.compile(r"pin_memory=True"), "pin_memory=False"),
+    (
+        "triton of paged stash",  # 0.19.2 always imports these kernels, and triton without asking whether it is there
+        re.compile(r'(?<=paged stash\."""\n\n)import triton\nimport triton\.language as tl\n'),
+        f"triton = {NAMESPACE}.Triton\ntl = triton\n",
+    ),
 ]
 
 
@@ -51,8 +58,16 @@ SILENCED = [
     "`torch.distributed.* is deprecated",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
+    "MimoModelConfig is experimental",
 ]
 """Upstream warnings that the user of a CPU run can do nothing about."""
+
+UNSAID = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+}
+"""Logger -> first words of what 0.19 logs each time where it is used as 0.16 has to be."""
 
 
 class _Idle:
@@ -73,10 +88,20 @@ class _Event(_Idle):
         return 1e3 * (other.time - self.time)
 
 
+class _Triton:
+    """`triton` and `triton.language`, as far as kernels are defined with them: nothing launches one."""
+
+    constexpr = Any
+
+    @staticmethod
+    def jit(kernel: Any) -> Any:
+        return kernel
+
+
 class _CpuNamespace(types.ModuleType):
     """`torch.cuda` as seen by rewritten modules; what is not here falls through to torch."""
 
-    Stream, Event = _Idle, _Event
+    Stream, Event, Triton = _Idle, _Event, _Triton
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -152,6 +177,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _is_other(words: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(words)
+
+
 def enable() -> None:
     """Install the hook. Call it before anything imports megatron.core; a second call does nothing.
 
@@ -164,4 +193,6 @@ def enable() -> None:
         raise RuntimeError("megatron.core was imported before megatron_r1.compat.megatron_cpu.enable()")
     for message in SILENCED:
         warnings.filterwarnings("ignore", message=message)
+    for name, words in UNSAID.items():
+        logging.getLogger(name).addFilter(partial(_is_other, words))
     sys.meta_path.insert(0, _Finder())

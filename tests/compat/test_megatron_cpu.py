@@ -83,7 +83,8 @@ print(len(sys.meta_path) - before)
 
 def test_too_late_is_an_error() -> None:
     code = """
-import megatron.core
+import sys, types
+sys.modules["megatron.core"] = types.ModuleType("megatron.core")
 from megatron_r1.compat import megatron_cpu
 try:
     megatron_cpu.enable()

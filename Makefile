@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+MEGATRON ?= 0.19
+MEGATRON_TESTS ?= $(addprefix tests/,compat model optim checkpoint convert plan train distributed end_to_end)
 
 # Without bytecode caches every process would compile torch and vLLM again: 15 s each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -18,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help install quickstart check format test test-megatron lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 install: $(INSTALLED)  ## .venv with everything that a run needs, as pinned in requirements/cpu.lock
 
@@ -37,6 +39,9 @@ format: $(INSTALLED_DEV)  ## rewrite the sources in the project's format
 
 test: check  ## check, then all tests
 	$(BIN)/python -m pytest -q
+
+test-megatron: $(VENV)/megatron_$(MEGATRON)  ## what touches megatron-core, on the newest one (requirements/megatron_*.lock)
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -q $(MEGATRON_TESTS)
 
 lock: $(INSTALLED)  ## resolve requirements/*.lock anew from setup.py
 	requirements/lock.sh $(VENV)
@@ -64,3 +69,8 @@ $(INSTALLED_DEV): requirements/dev.lock requirements/modelopt.lock requirements/
 	requirements/chromium.sh
 	requirements/slurm.sh
 	touch $@
+
+$(VENV)/megatron_%: requirements/megatron_%.lock $(INSTALLED_DEV)
+	rm -rf $@ $@.partial
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $@.partial --requirement $<
+	mv $@.partial $@ && touch $@

@@ -1,7 +1,8 @@
 """Corrections of megatron-core 0.16.1 where it runs without Transformer Engine or CUDA, one function a module.
 
 Each says what is wrong upstream. They are applied by `megatron_cpu`'s import hook: all without CUDA, with CUDA those
-that plain torch's layers need (`ON_GPUS`). All are for 0.16.1; each can go when the line it names is fixed upstream.
+that are not about the device (`ON_GPUS`). Lines are those of 0.16.1 where no other version is named; each can go when
+the line that it names is fixed upstream.
 """
 
 import contextlib
@@ -137,6 +138,46 @@ def _multi_latent_attention(module: ModuleType) -> None:
         resolver._mla_fused_linear_or_default = linear
 
 
+def _multi_token_prediction(module: ModuleType) -> None:
+    """In 0.19.2 (:876) each microbatch's MTP loss is divided by its own tokens that have one two ahead.
+
+    So gradients would depend on what is packed together. As in 0.16 it is a sum, which `finalize_model_grads` divides
+    by the tokens of the whole batch (DeepSeek-V3, arXiv 2412.19437, eq. 24). Right predictions are not counted, either:
+    that takes a pass over the logits. Can go when upstream no longer rescales.
+    """
+    names = vars(module)
+    if not (upstream := names.get("process_mtp_loss")):
+        return
+
+    def process_mtp_loss(**call: Any) -> torch.Tensor:
+        config, labels, mask = call["config"], call["labels"], call["loss_mask"]
+        if labels is not None and not config.calculate_per_token_loss:
+            whole: torch.Tensor = upstream(**call)
+            return whole
+        hidden, *ahead = call["hidden_states"].chunk(1 + config.mtp_num_layers)
+        if labels is None:
+            return hidden
+        places = {"cp_group": call["cp_group"], "packed_seq_params": call["packed_seq_params"]}
+        mask = torch.ones_like(labels) if mask is None else mask
+        for number, states in enumerate(ahead):
+            logits, _ = call["output_layer"](
+                states, weight=call["output_weight"], runtime_gather_output=call["runtime_gather_output"]
+            )
+            labels, _ = names["roll_tensor"](labels, **places)
+            mask, tokens = names["roll_tensor"](mask, **places)
+            loss = mask * call["compute_language_model_loss"](labels, logits)
+            if call["is_training"]:
+                zero = tokens.new_zeros(())
+                names["MTPLossLoggingHelper"].save_metrics_to_tracker(
+                    loss.sum() / tokens, zero, zero, number, config.mtp_num_layers
+                )
+            scale = config.mtp_loss_scaling_factor / config.mtp_num_layers
+            hidden = names["MTPLossAutoScaler"].apply(hidden, scale * loss)
+        return hidden
+
+    names["process_mtp_loss"] = process_mtp_loss
+
+
 def _moe_utils(module: ModuleType) -> None:
     """:1192 NameError without TE. :1096 turns split sizes into numpy only for CUDA tensors."""
     names = vars(module)
@@ -162,6 +203,7 @@ FIXES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.tensor_parallel.random": _random,
     "megatron.core.transformer.multi_latent_attention": _multi_latent_attention,
     "megatron.core.transformer.moe.moe_utils": _moe_utils,
+    "megatron.core.transformer.multi_token_prediction": _multi_token_prediction,
 }
 
 ON_GPUS = {
@@ -171,6 +213,7 @@ ON_GPUS = {
         "megatron.core.optimizer.distrib_optimizer",
         "megatron.core.transformer.multi_latent_attention",
         "megatron.core.transformer.moe.moe_utils",
+        "megatron.core.transformer.multi_token_prediction",
     )
 }
 """What is not about the device: each looks whether it is needed."""

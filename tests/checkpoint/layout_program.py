@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_r1.compat.checkpoint_pickles import refuse_foreign_pickles  # noqa: E402
 from megatron_r1.compat.megatron_checkpoint import keep_results_in_process  # noqa: E402
+from megatron_r1.compat.megatron_specs import name_in_rules  # noqa: E402
 from megatron_r1.config.sections import ModelSection, ParallelSection  # noqa: E402
 from megatron_r1.model.hf_folder import read_config  # noqa: E402
 from megatron_r1.model.layers import with_replacements  # noqa: E402
@@ -82,7 +83,7 @@ def chunk(folder: Path, layout: dict[str, int], stage: int | None) -> GPTModel:
 
 def global_name(name: str, model: GPTModel, stage: int | None) -> str:
     """What a tensor of this rank is called in the whole model."""
-    parts = name.split(".")
+    parts = name_in_rules(name).split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + get_transformer_layer_offset(model.config, vp_stage=stage))
     if "local_experts" in parts:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_r1.checkpoint.torch_dist import PartWriter, TorchDistReader, finish
+from megatron_r1.compat.megatron_specs import name_in_rules
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.model.build import build_model
 from megatron_r1.model.mapping import weights
@@ -84,8 +85,8 @@ def prepare(folder: Path, name: str, style: dict[str, bool]) -> None:
     hf = config_of(name)
     (folder / "config.json").write_text(json.dumps(hf))
     section = ModelSection(path=folder, load_weights=False, dtype="float32", init_std=0.1, mtp_loss_coef=0.1)
-    tensors = {key: torch.randn_like(tensor) for key, tensor in weights(build_model(section, 64).module).items()}
-    tensors = {key: tensor for key, tensor in tensors.items() if key in layout(hf).places}
+    shapes = {name_in_rules(name): tensor for name, tensor in weights(build_model(section, 64).module).items()}
+    tensors = {name: torch.randn_like(tensor) for name, tensor in shapes.items() if name in layout(hf).places}
     if hf.get("tie_word_embeddings"):
         tensors["output_layer.weight"] = tensors["embedding.word_embeddings.weight"]
     torch.save(tensors, folder / "reference.pt")

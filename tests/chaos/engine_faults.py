@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--dispatch", choices=("continuous", "batch"), default="continuous")
     parser.add_argument("--prepared", type=Path, help="folder of `tests.end_to_end.runs.prepare`; made if not given")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the run, too
     folder, began = Path(tempfile.mkdtemp(prefix="engine_faults_")), time.monotonic()
     if not options.prepared:
         runs.prepare(folder)

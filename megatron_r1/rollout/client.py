@@ -83,7 +83,8 @@ class Client:
 
     def cut(self) -> None:
         """Hold the scheduler; all responses that are under way end where they are, and are answered so."""
-        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "abort"})
+        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})  # tokens that it holds back are sent
+        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "abort"})  # it would throw them away
 
     def set_weight_version(self, version: int) -> None:
         """Name the weights that the server has loaded by itself."""

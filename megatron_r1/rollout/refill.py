@@ -241,7 +241,7 @@ class Refill:
             key, asked, sample = at[response.prompt, response.sample]
             whole = joined(asked.begun.get(sample), response)
             if response.finish_reason == "abort":
-                if whole.tokens:
+                if whole.tokens and self._has(engine, key):
                     asked.begun[sample] = whole.model_copy(update={"sample": sample})
                 return
             outcome = self._scheduler.finished(engine, key, sample, len(whole.tokens))
@@ -256,7 +256,7 @@ class Refill:
 
         try:
             await self.engines.ask(self._members[engine], request, take)
-            cut = [str(given.key) for given, asked in groups if self._groups.get(str(given.key)) is asked]
+            cut = [str(given.key) for given, _ in groups if self._has(engine, str(given.key))]
             for key in cut:
                 self._scheduler.returned(key)
             if cut:
@@ -265,6 +265,11 @@ class Refill:
             pass  # `left` has put the groups back
         except Exception as error:  # an engine that refuses, or a defect: who has asked is told
             owner.fail(error)
+
+    def _has(self, engine: str, key: str) -> bool:
+        """Whether an engine still has a group."""
+        group = self._scheduler.groups.get(key)
+        return group is not None and group.engine is not None and group.engine.name == engine
 
 
 def _name(member: Member) -> str:

@@ -134,6 +134,7 @@ class Engines:
             nonlocal left
             left -= 1
             self._asked(member, -1)
+            member.meter.answered(len(response.logprobs))
             take(response)
 
         try:
@@ -152,7 +153,6 @@ class Engines:
         async def read() -> None:
             async with aclosing(answers):
                 async for response in answers:
-                    member.meter.answered(len(response.tokens))
                     take(response)
 
         try:

@@ -11,6 +11,7 @@ from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.questions import Questions
 from megatron_r1.errors import ConfigError
 
+AHEAD = ["--rollout.dispatch=continuous", "--rollout.max_staleness=1"]
 PYTHON = ["--conversation.tools.python.type=python"]
 
 
@@ -33,6 +34,11 @@ def test_tools_are_completed_and_questions_name_theirs(rl_file: Path) -> None:
         ([*PYTHON, "--conversation.tools.python.result=none"], r"no place for \{output\}"),
         (["--conversation.tools.python.type=pyhton"], "no tool is called 'pyhton', did you mean 'python'"),
         ([*PYTHON, "--conversation.tools.python.weight=1"], "weight"),
+        (
+            [*PYTHON, *AHEAD, "--rollout.weights_change=partial_rollouts"],
+            "cuts turns, which .conversation. does not take up again",
+        ),
+        ([*PYTHON, "--rollout.routing_replay=true"], "routing_replay: the experts of a tool's last reply"),
     ],
 )
 def test_bad_sections_are_refused(rl_file: Path, overrides: list[str], said: str) -> None:

@@ -152,3 +152,15 @@ def test_the_id_of_a_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.id_of("</s>") == tokenizer.eos_id
     assert tokenizer.id_of("<think>") == tokenizer.encode("<think>")[0]
     assert tokenizer.id_of("<nothing>") is None
+
+
+def test_tokens_at_which_a_text_may_end(tokenizer: Tokenizer) -> None:
+    vocabulary = tokenizer._tokenizer.get_vocab()
+    assert tokenizer.beginning_as_the_end_of("so </think>") == (tokenizer.id_of("</think>"),)
+    last = tokenizer.encode("so")[-1]
+    piece = next(token for token, number in vocabulary.items() if number == last)
+    found = tokenizer.beginning_as_the_end_of("so")
+    assert last in found
+    assert set(found) == {number for token, number in vocabulary.items() if token[: len(piece)] == piece}
+    assert {"</think>", "</s>"} <= tokenizer.added
+    assert piece not in tokenizer.added

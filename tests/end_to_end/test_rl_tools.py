@@ -13,7 +13,7 @@ EXAMPLE = runs.ROOT / "examples/tools/python.toml"
 REPLY = "\n<tool_response>42</tool_response>\n"
 PYTHON = {"begin": "<tool_call>", "end": "</tool_call>", "result": REPLY.replace("42", "{output}")}
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2000)
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turns", "ahead"])
@@ -23,6 +23,7 @@ def test_the_example_learns_from_conversations(tmp_path: Path, ahead: bool) -> N
         "output": output, "model.path": write_model(tmp_path / "model"), "questions": 4, "group_size": 4,
         "steps": 2, "evaluation.questions": 4, "logprob_bound": 1e-4, "checkpoint.every": 1,
         "report.tensorboard": "false", "rollout.port": runs.free_port(), "rollout.kv_cache_gib": 0.1,
+        "rollout.start_timeout": 600,
         **{f"conversation.tools.python.{key}": json.dumps(text) for key, text in PYTHON.items()},
     }  # fmt: skip
     if ahead:
@@ -30,7 +31,7 @@ def test_the_example_learns_from_conversations(tmp_path: Path, ahead: bool) -> N
     run_file = tmp_path / "rl.toml"
     run_file.write_text(EXAMPLE.read_text())
     with Command("rl", run_file, *(f"--{key}={value}" for key, value in settings.items())) as command:
-        assert command.end(500) == 0, command.message()
+        assert command.end(900) == 0, command.message()
     steps = rows(output)
     assert len(steps) == settings["steps"]
     assert all(step["tool_calls"] > 0.2 for step in steps), "a reply to every fifth response at least"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.config.conversation import ConversationSection
 from megatron_r1.config.evaluation import EvaluateConfig
 from megatron_r1.data.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ TAGGED = {"begin": "<tool_call>", "end": "</tool_call>", "result": "\n<tool_resp
 REPLY = "\n<tool_response>42</tool_response>\n"
 QUESTIONS = [Question(f"q{n}", "sums", f"User: 6*7, {'quick' * n}? Assistant:", "42") for n in range(4)]
 N = 4
+pytestmark = pytest.mark.timeout(1200)  # an engine starts in one of them
 
 
 class Waiting(Tool):
@@ -61,7 +63,10 @@ def tokenizer(models: tuple[Path, Path]) -> Tokenizer:
 def fleet(models: tuple[Path, Path], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     tools = {"python": {"type": "python", **TAGGED}, "waiting": {"type": f"{__name__}:Waiting", **TAGGED}}
     conversation = Conversation(ConversationSection(tools=tools), tokenizer)
-    folder, section = tmp_path_factory.mktemp("run"), rollout_section(free_port(), max_model_len=256, max_tokens=160)
+    folder, section = (
+        tmp_path_factory.mktemp("run"),
+        rollout_section(free_port(), max_model_len=256, max_tokens=160, start_timeout=600.0),
+    )
     with Fleet(section, models[0], folder, "float32", tokenizer.decode, conversation=conversation) as fleet:
         yield fleet
 
@@ -129,9 +134,9 @@ def test_continuously_it_is_the_same_model(fleet: Fleet, models: tuple[Path, Pat
     assert check(models[0], tokenizer, answered) > len(answered) // 4
 
 
-@pytest.mark.parametrize("at_group_borders", [False, True])
+@pytest.mark.parametrize("weights_change", ["in_flight", "at_group_borders"])
 def test_new_weights_while_a_tool_works(
-    fleet: Fleet, models: tuple[Path, Path], tokenizer: Tokenizer, tmp_path: Path, at_group_borders: bool
+    fleet: Fleet, models: tuple[Path, Path], tokenizer: Tokenizer, tmp_path: Path, weights_change: WeightsChange
 ) -> None:
     """In flight the turns before it are of the old ones, those after it of the new; else all are of the old ones."""
     Waiting.called.clear()
@@ -141,19 +146,19 @@ def test_new_weights_while_a_tool_works(
     first = fleet.version + 1
     sync.push(weights[0].items(), version=first)
     prompt = tokenizer.encode_prompt(QUESTIONS[0].prompt)
-    with dispatching(fleet, "continuous"), flowing(fleet, at_group_borders) as told:
+    with dispatching(fleet, "continuous"), flowing(fleet, weights_change) as told:
         seed = calling_seed(told, prompt, first)
-        told.flow.submit("waiting", prompt, [seed], first, asked("waiting"))
+        told.flow.submit("waiting", prompt, [seed], first, question=asked("waiting"))
         assert Waiting.called.wait(120)
         sync.push(weights[1].items(), version=first + 1)
         Waiting.let.set()
         told.until(lambda: "waiting" in told.complete and Newer(first + 1) in told.events)
-    fleet._running.drain = False
+    fleet._running.weights_change = "in_flight"
     [sample], turn = told.complete["waiting"], told.complete["waiting"][0].mask.index(False)
     said = torch.tensor(sample.logprobs)
     old, new = (reference(model, prompt + sample.tokens, len(prompt))[torch.tensor(sample.mask)] for model in models)
     assert sample.weight_version == first
-    if at_group_borders:
+    if weights_change == "at_group_borders":
         assert sample.weight_spans == [(first, sample.length)]
         torch.testing.assert_close(said, old, atol=2e-5, rtol=0)
     else:
@@ -164,7 +169,7 @@ def test_new_weights_while_a_tool_works(
 def calling_seed(told: Told, prompt: list[int], version: int) -> int:
     """One with which the model calls a tool."""
     for seed in range(100):
-        told.flow.submit(f"{seed}", prompt, [seed], version, asked("python"))
+        told.flow.submit(f"{seed}", prompt, [seed], version, question=asked("python"))
         told.until(lambda key=f"{seed}": key in told.complete)  # type: ignore[misc]
         if told.complete[f"{seed}"][0].mask:
             return seed

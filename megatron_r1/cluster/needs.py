@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_r1.config.asynchrony import AheadSection
 from megatron_r1.config.engine_arguments import PLACEMENT, by_name, ranks
 from megatron_r1.config.evaluation import NucleusSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
-from megatron_r1.config.sections import ParallelSection
+from megatron_r1.config.section import Section
+from megatron_r1.config.sections import ParallelSection, RolloutSection
 from megatron_r1.errors import ConfigError, UserError
 
-S = TypeVar("S", NucleusSection, RewardModelServerSection)
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Engine:
     """Among those of that key."""
     model: Path
     dtype: str
-    section: NucleusSection | RewardModelServerSection
+    section: RolloutSection | RewardModelServerSection
 
     @property
     def gpus(self) -> int:
@@ -118,7 +120,9 @@ def engines(run: dict[str, Any], key: str = "") -> Iterator[Engine]:
         ConfigError: one that has an address, a token or a place already.
     """
     if "rollout" in run:
-        section, model = _known(NucleusSection, run["rollout"]), run.get("model", run)
+        # What `rl` alone has says, too, how engines start; what is only sampled from may have the temperature 0.
+        kind = AheadSection if "routing_replay" in run["rollout"] else NucleusSection
+        section, model = _known(kind, run["rollout"]), run.get("model", run)
         _check(f"{key}rollout", section, bool(section.addresses))
         for index in range(section.engines):
             yield Engine(f"{key}rollout.addresses", index, Path(model["path"]), model["dtype"], section)
@@ -136,7 +140,7 @@ def _known(kind: type[S], part: dict[str, Any]) -> S:
     return kind.model_validate({name: value for name, value in part.items() if name in kind.model_fields})
 
 
-def _check(key: str, section: NucleusSection | RewardModelServerSection, has_address: bool) -> None:
+def _check(key: str, section: RolloutSection | RewardModelServerSection, has_address: bool) -> None:
     if has_address or section.token_env != type(section).model_fields["token_env"].default:
         raise ConfigError(
             f"{key}: addresses and `token_env` are for the cluster's scripts to say: remove them from the run file"
@@ -186,7 +190,7 @@ def spanned(engine: Engine, per_node: int) -> int:
             f"which {count} nodes of {per_node} cannot share evenly, with whole replicas of {replica} GPUs on each, "
             "or whole nodes to each replica: change the sizes in `arguments`"
         )
-    if isinstance(engine.section, NucleusSection) and engine.section.transport == "shared_memory":
+    if isinstance(engine.section, RolloutSection) and engine.section.transport == "shared_memory":
         raise ConfigError(
             f'{engine.key}: transport = "shared_memory" does not reach the {count} nodes of an engine: "disk" does'
         )

@@ -17,7 +17,7 @@ import torch
 
 from megatron_r1.cluster.lives import Life, Lives
 from megatron_r1.cluster.needs import Part
-from megatron_r1.config.evaluation import NucleusSection
+from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
 from megatron_r1.rollout.client import CONTROL_SECONDS, Client
 from megatron_r1.rollout.scorer import scoring_arguments
@@ -95,7 +95,7 @@ class Head:
         self.failures += 1
         error = self.server.failure(wrong)
         print(f"{self.url} {wrong}: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
-        if self.failures > (section.max_restarts if isinstance(section, NucleusSection) else SCORER_RESTARTS):
+        if self.failures > (section.max_restarts if isinstance(section, RolloutSection) else SCORER_RESTARTS):
             raise error
         self.server.close()
         self.start()
@@ -177,7 +177,7 @@ def part_arguments(part: Part, place: Place, life: Life | None, port: int, on_cp
     """The command line of a part; `life` of an engine that spans nodes."""
     engine = part.engine
     own = [f"--host={place.address}", *engine.section.arguments, *(life.arguments(part) if life else [])]
-    if isinstance(engine.section, NucleusSection):
+    if isinstance(engine.section, RolloutSection):
         rollout = engine.section.model_copy(update={"arguments": own})
         command = arguments(rollout, engine.model, engine.dtype, port, on_cpu)
     else:

@@ -23,7 +23,7 @@ from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.lm_eval import TextServerSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import RolloutSection
-from megatron_r1.errors import DataError, EngineError
+from megatron_r1.errors import ConfigError, DataError, EngineError
 from megatron_r1.rollout.engine import TRANSPORT
 from megatron_r1.rollout.token_gate import TOKEN_VARIABLE
 
@@ -198,9 +198,14 @@ def base_arguments(
 
 
 def headless(command: list[str]) -> list[str]:
-    """A server's command line as that of a part of the same engine on another node, which listens for no requests."""
+    """A server's command line as that of a part of the same engine on another node, which listens for no requests.
+
+    Raises:
+        ConfigError: it is to record experts where vLLM does not by itself.
+    """
     python, option, module, *rest = command
-    assert module == SERVER_MODULE
+    if module != SERVER_MODULE:
+        raise ConfigError("rollout.routing_replay: on CPU an engine that spans nodes does not record experts")
     return [python, option, HEADLESS_MODULE, *rest, "--headless"]
 
 

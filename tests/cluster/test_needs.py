@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_r1.cluster.needs import deal, engines, needs, trainer
+from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,16 @@ def test_nodes_of_an_engine(arguments: list[str], gpus_per_node: int, expected: 
         return
     with pytest.raises(ConfigError, match=re.escape(expected)):
         needs(run, gpus_per_node)
+
+
+def test_engines_start_as_the_verb_says() -> None:
+    """Keys that only `rl` has, and a temperature that only sampling verbs have."""
+    (recording,) = engines(rl(rollout=rollout(1) | {"routing_replay": True, "max_staleness": 0}))
+    assert isinstance(recording.section, RolloutSection)
+    assert recording.section.returns_experts
+    (greedy,) = engines(rl(rollout=rollout(1) | {"temperature": 0.0, "top_p": 0.9}))
+    assert isinstance(greedy.section, RolloutSection)
+    assert greedy.section.temperature == 0
 
 
 def test_reward_models_have_places_behind_the_engines() -> None:

@@ -207,10 +207,11 @@ class MegatronSource(Source):
     def _stripes(self, piece: Piece, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         axis = len(piece.shape) - len(shape)
         before, after = piece.shape[:axis], piece.shape[axis + 1 :]
+        chunks = self._reader.holding(piece)
         for start, stop in Spec(self._reader.keys[piece.key].dtype, shape).stripes(BLOCK[0]):
             offset = (*piece.offset[:axis], piece.offset[axis] + start, *piece.offset[axis + 1 :])
             rows = replace(piece, offset=offset, shape=(*before, stop - start, *after))
-            yield self._reader.read(rows).reshape(stop - start, *shape[1:])
+            yield self._reader.read(rows, chunks).reshape(stop - start, *shape[1:])
 
     def stored(self, rule: Rule) -> list[Spec]:
         """The pieces of a rule's tensor."""

@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,25 +136,40 @@ class TorchDistReader:
             )
         return chunks
 
-    def read(self, piece: Piece) -> torch.Tensor:
+    def read(self, piece: Piece, among: Sequence[Chunk] | None = None) -> torch.Tensor:
         """One rectangle. [piece.shape]
+
+        Args:
+            piece: the rectangle.
+            among: what `holding` says of a larger one; None = it is asked.
 
         Raises:
             DataError: no such key, other global shape, rectangle not covered by what was saved, damaged file.
         """
-        spec, chunks = self.spec(piece), self._chunks[piece.key]
-        wanted, covered = Box.of(piece), 0
-        out = torch.empty(piece.shape, dtype=spec.dtype)
-        for chunk in chunks.values():
-            if box := wanted.common(Box.of(chunk)):
-                part = self._numbers.read(chunk, box)
-                if box == wanted:
-                    return part
-                out[box.within(piece.offset)] = part
-                covered += box.volume
-        if covered != wanted.volume:
+        wanted = Box.of(piece)
+        boxes = [(chunk, wanted.common(Box.of(chunk))) for chunk in among or self.holding(piece)]
+        parts = [(chunk, box) for chunk, box in boxes if box]
+        if sum(box.volume for _, box in parts) != wanted.volume:
             raise DataError(f"{self.folder}: {piece.key} was saved in part only, or twice")
+        if len(parts) == 1:
+            return self._numbers.read(*parts[0])
+        out = torch.empty(piece.shape, dtype=self.spec(piece).dtype)
+        for chunk, box in parts:
+            out[box.within(piece.offset)] = self._numbers.read(chunk, box)
         return out
+
+    def holding(self, piece: Piece) -> list[Chunk]:
+        """The chunks that hold something of a rectangle. A key of all layers and experts has ten thousands of chunks.
+
+        Raises:
+            DataError: no such key, other global shape.
+        """
+        self.spec(piece)
+        chunks, wanted = self._chunks[piece.key], Box.of(piece)
+        whole = chunks.get(piece.offset)
+        if whole is not None and whole.shape == piece.shape:
+            return [whole]
+        return [chunk for chunk in chunks.values() if wanted.common(Box.of(chunk))]
 
     def stored_bytes(self, piece: Piece) -> int:
         """Bytes of the rectangle's numbers as stored.

@@ -4,11 +4,10 @@
 
 The checkpoint is made on the spot, with pseudo-random weights: a Llama of about 2.5 GB, or whatever `--config`
 describes. Every contender starts with source files that are not in the page cache and ends when its files are on the
-disk (fsync). Before each turn the disk finishes what it was given (sync), the discarding of what the last turn deleted
-included. Conversions and transformers run in a process of their own; imports do not count, all else does, the plan and
-the checks included. `cp` always copies the bfloat16 files: what import and export read and write, and the larger side
-of a cast. Speed is the bytes of these files over the time. Processor time is that of user and system together; other
-work on the machine changes it less.
+disk (fsync). Before each turn the disk finishes what others have given it (sync). Conversions and transformers run in a
+process of their own; imports do not count, all else does, the plan and the checks included. `cp` always copies the
+bfloat16 files: what import and export read and write, and the larger side of a cast. Speed is the bytes of these files
+over the time. Processor time is that of user and system together; other work on the machine changes it less.
 """
 
 import argparse

@@ -30,7 +30,7 @@ from tests.rollout.tiny_model import decode, free_port, rollout_section
 
 @pytest.fixture(scope="module")
 def section() -> AheadSection:
-    plain = rollout_section(free_port()).model_dump(exclude_unset=True)
+    plain = rollout_section(free_port(), start_timeout=600.0).model_dump(exclude_unset=True)
     return AheadSection.model_validate(plain | {"routing_replay": True})
 
 

@@ -28,6 +28,8 @@ from megatron_r1.types import Group, Question, Sample
 from tests.rollout.test_fleet import make_prompts
 from tests.rollout.tiny_model import decode, free_port, rollout_section
 
+pytestmark = pytest.mark.timeout(900)  # the start of a server, on a busy machine
+
 
 @pytest.fixture(scope="module")
 def section() -> AheadSection:

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_r1.config.section import Component
 from megatron_r1.errors import EngineError, UserError
 from megatron_r1.reward.worker import Call, Ready, Verdict, serve
-from megatron_r1.types import Group
+from megatron_r1.types import Group, Sample
 
 # Spawned, not forked: the trainer's process holds threads and device state.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -93,9 +93,7 @@ class _Worker:
             EngineError: the worker does not start, or the judge was closed.
         """
         singles = [
-            (name, Group(group.question, [], [replace(sample, tokens=[], logprobs=[], mask=[], rewards={})]))
-            for name, group in calls
-            for sample in group.samples
+            (name, Group(group.question, [], [_judged(sample)])) for name, group in calls for sample in group.samples
         ]
         verdicts: list[Verdict] = []
         asked_again: int | None = None
@@ -170,3 +168,8 @@ class _Worker:
         if self._closed.is_set():
             self.kill(grace=0)
             raise EngineError("the judge was closed while it was verifying")
+
+
+def _judged(sample: Sample) -> Sample:
+    """What a reward reads, without what is known of each token, which would have to be sent."""
+    return replace(sample, tokens=[], logprobs=[], mask=[], rewards={}, routed_experts=None)

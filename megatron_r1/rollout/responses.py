@@ -194,8 +194,12 @@ def joined(begun: Response | None, rest: Response) -> Response:
     spans = _spans(begun) + [(version, len(begun.tokens) + end) for version, end in _spans(rest)]
     # Where both sides of the cut are of the same weights, one span is as good as two.
     spans = [span for span, after in zip(spans, [*spans[1:], (-1, 0)], strict=True) if span[0] != after[0]]
+    experts = rest.routed_experts
+    if experts is not None and begun.routed_experts is not None:  # of a token's first pass, as of its log-probability
+        experts = np.concatenate([begun.routed_experts, experts[len(begun.routed_experts) :]])
     return rest.model_copy(
         update={
+            "routed_experts": experts,
             "tokens": begun.tokens + rest.tokens,
             "logprobs": begun.logprobs + rest.logprobs,
             "weight_versions": [version for version, _ in spans],

@@ -65,7 +65,8 @@ class MicroBatch:
     padding: torch.Tensor | None = None
     """True where no token stands; None = nowhere. [rows, seq]"""
     routed_experts: torch.Tensor | None = None
-    """Where the tokens go; None = where the model's routers send them. [rows, seq, layers, experts a token]"""
+    """Where the tokens go, in the host's memory; None = where the model's routers send them.
+    [rows, seq, layers, experts a token]"""
 
     @property
     def count(self) -> int:
@@ -153,7 +154,6 @@ def _pack(samples: Sequence[Trajectory], weights: dict[int, float], share: Share
         segments=torch.arange(len(packed)).repeat_interleave(counts).to(share.device),
     )
     engine_logprobs = torch.tensor([lp for part in packed for lp in part.engine_logprobs], device=share.device)
-    routed = None if (experts := _experts(row, packed)) is None else experts.to(share.device)
     return from_row(
         row,
         selected,
@@ -161,7 +161,7 @@ def _pack(samples: Sequence[Trajectory], weights: dict[int, float], share: Share
         share.device,
         engine_logprobs=engine_logprobs,
         samples=list(weights),
-        routed_experts=routed,
+        routed_experts=_experts(row, packed),
     )
 
 

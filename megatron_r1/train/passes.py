@@ -275,9 +275,10 @@ def _sequences(micro: MicroBatch) -> torch.Tensor:
 
 def _experts(micro: MicroBatch) -> torch.Tensor | None:
     """Where the tokens of this context-parallel rank go. [rows, seq, layers, experts a token]"""
-    if micro.routed_experts is None or context.size() == 1:
-        return micro.routed_experts
-    return micro.routed_experts[:, context.positions(_ends(micro))]
+    if micro.routed_experts is None:
+        return None
+    experts = micro.routed_experts.to(micro.tokens.device)
+    return experts[:, context.positions(_ends(micro))] if context.size() > 1 else experts
 
 
 def _packing(micro: MicroBatch) -> PackedSeqParams | None:

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.timeout(1800)  # several starts of vLLM in one test
 
 
 def ahead(prepared: Path, output: Path, port: int) -> dict[str, Any]:
-    """Four steps, the weights one step old at most; no KL penalty, so that nothing is computed for it."""
+    """Four steps with routing replay, the weights one step old at most; no KL penalty, so none is computed."""
     tree = runs.rl(prepared, output, port)
-    rollout = tree["rollout"] | {"dispatch": "continuous", "max_staleness": 1}
+    rollout = tree["rollout"] | {"dispatch": "continuous", "max_staleness": 1, "routing_replay": True}
     return tree | {"steps": 4, "rollout": rollout, "loss": {"type": "grpo"}}
 
 
@@ -54,6 +54,7 @@ def test_killed_and_resumed_every_question_is_trained_on_once(prepared: Path, tm
         assert 0.5 < row["importance_ratio"] < 2
     assert any(row["staleness"] > 0 for row in found), "nothing was sampled while the learner trained"
     assert found[0]["logprob_difference_mean"] < 1e-5
+    assert found[0]["rerouted_choices"] < 1e-2, "engine and learner are both in float32"
     end = in_flight(output, 4)
     assert end["ledger"]["live"] == []
     assert end["order"]["drawn"] == {"data": 16}, "16 questions were begun, and none is left: each was trained on once"

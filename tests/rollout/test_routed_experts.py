@@ -17,6 +17,7 @@ from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.rollout.responses import Response, joined
 from megatron_r1.rollout.routed_experts import decode as decode_experts
 from megatron_r1.rollout.routed_experts import encode
 from megatron_r1.train.batch import Share, split, trajectories, with_inputs
@@ -27,10 +28,12 @@ from megatron_r1.types import Group, Question, Sample
 from tests.rollout.test_fleet import make_prompts
 from tests.rollout.tiny_model import decode, free_port, rollout_section
 
+pytestmark = pytest.mark.timeout(900)  # the start of a server, on a busy machine
+
 
 @pytest.fixture(scope="module")
 def section() -> AheadSection:
-    plain = rollout_section(free_port()).model_dump(exclude_unset=True)
+    plain = rollout_section(free_port(), start_timeout=600.0).model_dump(exclude_unset=True)
     return AheadSection.model_validate(plain | {"routing_replay": True})
 
 
@@ -164,3 +167,23 @@ def test_what_is_sent_arrives(dtype: type[np.integer], kept: type[np.integer]) -
     for text in ("", "?", encode(experts)[:40], encode(experts[0]), encode(experts.astype(np.float32))):
         with pytest.raises(ValueError, match=r"."):
             decode_experts(text)
+
+
+def test_a_response_in_two_parts_keeps_the_experts_of_each_first_pass() -> None:
+    """The second part is asked for with the first as its prompt, so that the engine says those again."""
+
+    def part(tokens: list[int], experts: int, length: int, reason: str) -> Response:
+        array = np.full((length, 3, 2), experts, dtype=np.uint8)
+        said = {"tokens": tokens, "logprobs": [-1.0] * len(tokens), "finish_reason": reason}
+        return Response(prompt=0, sample=0, weight_versions=[experts], **said).model_copy(
+            update={"routed_experts": array}
+        )
+
+    begun, rest = (
+        part([7, 8, 9], 4, length=2 + 3 - 1, reason="abort"),
+        part([10, 2], 5, length=5 + 2 - 1, reason="stop"),
+    )
+    whole = joined(begun, rest)
+    assert whole.routed_experts is not None
+    assert whole.routed_experts[:, 0, 0].tolist() == [4] * 4 + [5] * 2
+    assert len(whole.routed_experts) == 2 + len(whole.tokens) - 1

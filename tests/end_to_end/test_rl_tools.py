@@ -23,7 +23,7 @@ def test_the_example_learns_from_conversations(tmp_path: Path, ahead: bool) -> N
         "output": output, "model.path": write_model(tmp_path / "model"), "questions": 4, "group_size": 4,
         "steps": 2, "evaluation.questions": 4, "logprob_bound": 1e-4, "checkpoint.every": 1,
         "report.tensorboard": "false", "rollout.port": runs.free_port(), "rollout.kv_cache_gib": 0.1,
-        "rollout.start_timeout": 600,
+        "rollout.start_timeout": 600, "rewards.digits.type": "tests.end_to_end.components:Digits",
         **{f"conversation.tools.python.{key}": json.dumps(text) for key, text in PYTHON.items()},
     }  # fmt: skip
     if ahead:

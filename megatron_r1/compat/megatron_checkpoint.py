@@ -20,11 +20,13 @@ def keep_results_in_process() -> None:
     Its queue of results (:54) belongs to a `multiprocessing.Manager`, a process that lives on, too. Writing releases
     Python's lock, so threads do not wait for each other.
 
-    Can go with 0.16: 0.19.2 has threads. But its `save` asks for another package, nvidia-resiliency-ext, whatever it is
-    told (serialization.py leaves the default "nvrx"); it gets Megatron's own writer, which 0.16 has, too.
+    0.19.2 has threads, but of an error it keeps the type alone, so that nobody is told that the disk is full
+    (filesystem_async.py:330). Its `save` asks for another package, nvidia-resiliency-ext, whatever it is told
+    (serialization.py leaves the default "nvrx"); it gets Megatron's own writer, which 0.16 has, too.
     """
     vars(filesystem_async)["_results_queue"] = queue.Queue()
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    for name in ("write_preloaded_data_multiproc", "write_preloaded_data_multithread"):  # 0.16's, 0.19's
+        setattr(filesystem_async.FileSystemWriterAsync, name, staticmethod(_write_in_threads))
     if choose := getattr(torch_strategy, "get_async_strategy", None):
         vars(torch_strategy)["get_async_strategy"] = lambda strategy="mcore", module=None: choose("mcore", module)
 

@@ -63,6 +63,7 @@ SILENCED = [
 """Upstream warnings that the user of a CPU run can do nothing about."""
 
 UNSAID = {
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",

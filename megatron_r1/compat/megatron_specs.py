@@ -1,4 +1,4 @@
-"""What megatron-core 0.16 and 0.19 write differently: layer specs, and the name of a part of the MTP layer."""
+"""What megatron-core 0.16 and 0.19 write differently: layer specs, names and numbers of the MTP layer."""
 
 import inspect
 from collections.abc import Callable
@@ -28,6 +28,12 @@ def recomputes_packed(mtp_layer: type[Any]) -> bool:
 def name_in_rules(name: str) -> str:
     """A tensor's name in 0.19's modules as in 0.16's, by which rules know it."""
     return name.replace(".mtp_model_layer.", ".transformer_layer.")
+
+
+def layer_of(router: Any) -> int:
+    """Number of a router's layer, from 1, MTP layers behind the trunk's as in 0.16: 0.19 counts these from 1 again."""
+    behind = router.config.num_layers if getattr(router, "is_mtp_layer", False) else 0
+    return int(router.layer_number + behind)
 
 
 def mtp_means(tracker: dict[str, Any]) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
+from megatron_r1.compat.megatron_specs import layer_of
+
 
 def direct(router: Any, experts: torch.Tensor | None, held: torch.Tensor, replay: bool) -> torch.Tensor | None:
     """Tell a router what its next pass is to choose.
@@ -24,13 +26,13 @@ def direct(router: Any, experts: torch.Tensor | None, held: torch.Tensor, replay
         The experts of this router's layer, None where it has none: those of MTP layers are not recorded.
         [positions, experts a token]
     """
-    if experts is None or router.layer_number > experts.size(1):
+    if experts is None or layer_of(router) > experts.size(1):
         if router.router_replay is not None:
             router.router_replay.clear_router_replay_action()
         return None
     if router.router_replay is None:
         router.router_replay = RouterReplay()
-    told = experts[:, router.layer_number - 1].long()
+    told = experts[:, layer_of(router) - 1].long()
     if replay:
         # Padding goes round all experts, so that none gets a row's worth of it.
         places = torch.arange(len(told), device=told.device)[:, None] + torch.arange(told.size(1), device=told.device)

@@ -19,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_r1.compat.megatron_specs import layer_of
 from megatron_r1.model.replay import differing, direct
 
 _LOSS = "seq_aux_loss"
@@ -128,7 +129,7 @@ class Routing:
     def _leave(self, router: Any, inputs: Any, output: Any) -> None:
         """A router has routed."""
         if self._differing is not None and self._told is not None and self._here is not None:
-            self._differing[router.layer_number].append(differing(router, self._told, self._here != PADDING))
+            self._differing[layer_of(router)].append(differing(router, self._told, self._here != PADDING))
 
     def _count(self, router: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Tokens of each expert, which the selection bias follows (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_r1.compat.megatron_specs import layer_of
+
 
 class ExpertLoad:
     """The experts' loads, of all ranks, from one `take` to the next, in passes that are trained on.
@@ -28,7 +30,7 @@ class ExpertLoad:
         self._experts: int = config.num_moe_experts or 0
         self._biased: bool = config.moe_router_enable_expert_bias
         routers: list[Any] = [part for chunk in chunks for part in chunk.modules() if hasattr(part, "expert_bias")]
-        self._routers = {router.layer_number: router for router in routers}
+        self._routers = {layer_of(router): router for router in routers}
         self._counts = {number: self._zeros(self._experts) for number in self._routers}
         for number, router in self._routers.items():
             router.register_forward_hook(_counter(self._counts[number], held))

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config.checkpoint import CheckpointSection
 from megatron_r1.config.sections import OptimSection, ParallelSection, PolicySection
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
 from megatron_r1.train.batch import Minibatch, from_rows
 from megatron_r1.train.policy import Policy
+from megatron_r1.train.reference import Reference
 
 MODEL = Path(__file__).parents[2] / "examples/r1_tiny/model"
 OPTIM = OptimSection(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1)
@@ -53,3 +56,15 @@ def train(policy: Policy, first: int, steps: int) -> list[dict[str, float]]:
 def _rows(step: int) -> Minibatch:
     rows = torch.randint(400, (2, 33), generator=torch.Generator().manual_seed(step))
     return [from_rows(rows[:, :-1], rows[:, 1:], 64)]
+
+
+@pytest.fixture
+def trained(small: Policy, tmp_path: Path) -> tuple[Checkpoints, Policy, Path]:
+    """A checkpoint of a training run, with a reference beside the policy."""
+    policy = small
+    reference = Reference(policy, every=1)
+    for tensor in reference.weights[0].values():
+        tensor.neg_()  # it is of another step
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointSection(), {"seed": 0})
+    checkpoints.save(1, policy.trainable, {"reference": reference.weights}, {})
+    return checkpoints, policy, tmp_path / "checkpoints/step_00000001"

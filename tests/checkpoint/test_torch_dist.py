@@ -15,9 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorStorageMetadata,
 )
 
@@ -35,7 +33,6 @@ from megatron_r1.checkpoint.torch_dist_index import record
 from megatron_r1.compat.checkpoint_pickles import read_metadata
 from megatron_r1.compat.megatron_checkpoint import SaveStrategy
 from megatron_r1.compat.megatron_specs import name_in_rules
-from megatron_r1.config.checkpoint import CheckpointSection
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import build_model
@@ -45,7 +42,6 @@ from megatron_r1.model.parallel import initialize
 from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.model.sharding import Piece, layout
 from megatron_r1.train.policy import Policy
-from megatron_r1.train.reference import Reference
 from tests.checkpoint.conftest import MODEL
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -224,18 +220,6 @@ def outline(metadata: Metadata) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def trained(small: Policy, tmp_path: Path) -> tuple[Checkpoints, Policy, Path]:
-    """A checkpoint of a training run, with a reference beside the policy."""
-    policy = small
-    reference = Reference(policy, every=1)
-    for tensor in reference.weights[0].values():
-        tensor.neg_()  # it is of another step
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointSection(), {"seed": 0})
-    checkpoints.save(1, policy.trainable, {"reference": reference.weights}, {})
-    return checkpoints, policy, tmp_path / "checkpoints/step_00000001"
-
-
 def test_the_model_of_a_training_checkpoint(trained: tuple[Checkpoints, Policy, Path]) -> None:
     _, policy, folder = trained
     reader, places = TorchDistReader(folder), layout(policy.model.hf).places
@@ -244,16 +228,6 @@ def test_the_model_of_a_training_checkpoint(trained: tuple[Checkpoints, Policy, 
     for name, place in places.items():
         found = torch.cat([reader.read(box).reshape(-1, *place.shape[1:]) for box in place.pieces])
         assert torch.equal(found, tensors[name]), name
-
-
-class Payload:
-    """What a hostile pickle would do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 def repointed(folder: Path, choose: Callable[[Any], bool], content: bytes) -> None:
@@ -270,39 +244,6 @@ def saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-@pytest.mark.parametrize("where", [".metadata", "common.pt", "common_state", "tensor", "object"])
-def test_hostile_pickles_are_not_run(where: str, trained: tuple[Checkpoints, Policy, Path], tmp_path: Path) -> None:
-    checkpoints, policy, folder = trained
-    target = tmp_path / "made"
-    pickle.loads(pickle.dumps(Payload(target)))
-    target.rmdir()  # the payload works
-    match where:
-        case ".metadata":
-            metadata = read_metadata(folder / where)
-            vars(metadata)["planner_data"] = Payload(target)
-            (folder / where).write_bytes(pickle.dumps(metadata))
-        case "common.pt":
-            (folder / where).write_bytes(saved({"identity": {"seed": 0}, "more": Payload(target)}))
-        case "common_state":  # where megatron-core 0.19 looks if there is no common.pt
-            (folder / "common.pt").unlink()
-            metadata, content = read_metadata(folder / ".metadata"), saved([Payload(target)])
-            (folder / "own.distcp").write_bytes(content)
-            metadata.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
-            metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = _StorageInfo("own.distcp", 0, len(content))
-            (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        case "tensor":
-            repointed(folder, lambda entry: isinstance(entry, TensorStorageMetadata), saved(Payload(target)))
-        case "object":
-            repointed(folder, lambda entry: isinstance(entry, BytesStorageMetadata), saved([Payload(target)]))
-    with pytest.raises(DataError, match="step_00000001"):
-        checkpoints.load(1, policy.trainable, {"reference": [weights(policy.model.module)]})
-    assert not target.exists()
-    if where in (".metadata", "tensor"):
-        with pytest.raises(DataError, match="refuses to load"):
-            [reader.read(box) for reader in [TorchDistReader(folder)] for box in boxes(layout(policy.model.hf))]
-    assert not target.exists()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ PATCHED = {
     ],
     "megatron.core.transformer.multi_latent_attention": ["HAVE_TE", "apply_rotary_pos_emb"],
     "megatron.core.transformer.moe.moe_utils": ["te_general_gemm", "maybe_move_tensor_to_cpu"],
+    "megatron.core.transformer.multi_token_prediction": ["roll_tensor", "MTPLossAutoScaler", "MTPLossLoggingHelper"],
 }  # fmt: skip
 ABSENT_UPSTREAM = {"te_general_gemm"}  # that it is missing there without Transformer Engine is what is corrected
 

@@ -164,7 +164,8 @@ class Command:
         self.family: set[psutil.Process] = set()
 
     def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         with self.errors.open("wb") as errors:
             return subprocess.Popen(
                 [sys.executable, "-m", "megatron_r1.cli", *arguments],

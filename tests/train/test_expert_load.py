@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1.compat.megatron_specs import layer_of
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.parallel import initialize
@@ -40,7 +41,7 @@ def train(built: BuiltModel, rows: int = 3, length: int = 20) -> None:
 
 
 def routers(built: BuiltModel) -> dict[int, torch.nn.Module]:
-    return {part.layer_number: part for part in built.module.modules() if hasattr(part, "expert_bias")}
+    return {layer_of(part): part for part in built.module.modules() if hasattr(part, "expert_bias")}
 
 
 def test_loads_are_those_that_megatron_moves_the_bias_by() -> None:

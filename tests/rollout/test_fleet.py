@@ -250,6 +250,7 @@ def test_killed_engine_core_is_replaced(fleets: tuple[Fleet, Fleet], models: tup
     assert (figures["engines_lost"], figures["engines_returned"], figures["samples_again"]) == (1, 1, 256)
     processes += vllm_processes(fleet)
     fleet.close()
+    psutil.wait_procs(processes, timeout=120)  # killed they are; on a busy machine the kernel may take its time
     assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -172,6 +172,12 @@ def serve(connection: Connection, arguments: dict[str, Any], log: Path) -> None:
         connection.send((sum(len(one.token_ids) for output in outputs for one in output.outputs), seconds))
 
 
+def all_but(bare: BareEngine) -> list[psutil.Process]:
+    """This program and all that it has started, the bare engine excepted."""
+    mine, theirs = psutil.Process(), bare.processes
+    return [mine, *(process for process in mine.children(recursive=True) if process not in theirs)]
+
+
 def both(title: str, name: str, ours: Side, baseline: Side) -> list[Comparison]:
     """By time, and by processor time of the very runs: `measure` has both run for the first, then asks the second."""
     return [
@@ -216,20 +222,17 @@ def main() -> None:
             seconds = time.perf_counter() - started
             return sum(len(sample.tokens) for group in groups for sample in group), seconds
 
-        def processes() -> list[psutil.Process]:
-            mine, theirs = psutil.Process(), bare.processes
-            return [mine, *(process for process in mine.children(recursive=True) if process not in theirs)]
-
         same = Side(partial(bare.sample, repeated, seeded), lambda: bare.processes)
         alone = Side(partial(bare.sample, prompts, [{**plain, "n": n}] * len(prompts)), lambda: bare.processes)
-        comparisons: list[Comparison] = []
-        for dispatch in ("batch", "continuous"):
-            for name, baseline in (
-                ("LLM.generate, seeds and logprobs as ours", same),
-                (f"LLM.generate, n={n}, tokens alone", alone),
-            ):
-                side = Side(partial(ours, dispatch), processes)
-                comparisons += both(f"Fleet.sample, {dispatch}", name, side, baseline)
+        baselines = {"LLM.generate, seeds and logprobs as ours": same, f"LLM.generate, n={n}, tokens alone": alone}
+        comparisons = [
+            comparison
+            for dispatch in ("batch", "continuous")
+            for name, baseline in baselines.items()
+            for comparison in both(
+                f"Fleet.sample, {dispatch}", name, Side(partial(ours, dispatch), partial(all_but, bare)), baseline
+            )
+        ]
         with fleet:
             bare.wait_until_ready()
             try:

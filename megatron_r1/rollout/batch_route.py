@@ -47,7 +47,6 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from megatron_r1.rollout.engine import SAMPLE_PATH
 from megatron_r1.rollout.routed_experts import encode
 
-PAUSE_PATH = "/pause"
 BEAT_SECONDS = 5.0
 """Without a response before the engine core is asked for a sign of life."""
 NOT_RECORDING = (
@@ -68,9 +67,6 @@ class BatchRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != SAMPLE_PATH:
-            if scope["type"] == "http" and scope["path"] == PAUSE_PATH and b"keep" not in scope["query_string"]:
-                # Another kind of pause ends requests, which then lack what the core still holds of their tokens.
-                await scope["app"].state.engine_client.engine_core.pause_scheduler_async("keep", clear_cache=False)
             await self.app(scope, receive, send)
             return
         request = json.loads(await Request(scope, receive).body())

@@ -9,6 +9,9 @@ bare engine: on a machine whose cores it fills alone, nothing is to be gained.
 Both hold the same weights, answer the same prompts with the same number of samples, lengths, temperature, dtype and
 threads, and take turns. The bare engine lives in a process of its own, as the server does.
 
+Beside tokens per second there are tokens per second of processor time: of the server's processes and of this program on
+our side. Other programs on the machine change these far less, and they show what a rollout costs those.
+
 vLLM draws with one call for the whole batch unless a request has a seed of its own; the trainer asks for seeds
 (a run repeats bit for bit) and for log-probabilities (the policy gradient needs them). So there are two
 baselines: one that asks for the same, and one that asks for tokens alone.
@@ -18,11 +21,14 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from paired import Comparison, measure, parser, report
 
@@ -56,10 +62,21 @@ class BareEngine:
         """Blocks while the engine starts."""
         self._receive()
 
-    def tokens_per_second(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> float:
-        """Sample with one set of `SamplingParams` a prompt."""
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All of them."""
+        process = psutil.Process(self._process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def sample(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> tuple[int, float]:
+        """With one set of `SamplingParams` a prompt. Returns tokens and seconds."""
         self._connection.send((prompts, options))
         tokens, seconds = self._receive()
+        return tokens, seconds
+
+    def tokens_per_second(self, prompts: list[list[int]], options: list[dict[str, Any]]) -> float:
+        """Of `sample`."""
+        tokens, seconds = self.sample(prompts, options)
         return tokens / seconds
 
     def _receive(self) -> Any:
@@ -74,6 +91,32 @@ class BareEngine:
         self._connection.close()
         self._process.join(10)
         self._process.kill()
+
+
+@dataclass
+class Side:
+    """Something that samples, and what it takes."""
+
+    sample: Callable[[], tuple[int, float]]
+    """Tokens and seconds."""
+    processes: Callable[[], Sequence[psutil.Process]]
+    """Those that do it."""
+    of_processor: float = 0.0
+    """Tokens per second of processor time in the last run."""
+
+    def of_time(self) -> float:
+        """Run; tokens per second."""
+        processes = self.processes()
+        before = sum(map(processor_seconds, processes))
+        tokens, seconds = self.sample()
+        self.of_processor = tokens / (sum(map(processor_seconds, processes)) - before)
+        return tokens / seconds
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """That a process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def engine_arguments(config: RLConfig, on_cpu: bool) -> dict[str, Any]:
@@ -129,6 +172,22 @@ def serve(connection: Connection, arguments: dict[str, Any], log: Path) -> None:
         connection.send((sum(len(one.token_ids) for output in outputs for one in output.outputs), seconds))
 
 
+def all_but(bare: BareEngine) -> list[psutil.Process]:
+    """This program and all that it has started, the bare engine excepted."""
+    mine, theirs = psutil.Process(), bare.processes
+    return [mine, *(process for process in mine.children(recursive=True) if process not in theirs)]
+
+
+def both(title: str, name: str, ours: Side, baseline: Side) -> list[Comparison]:
+    """By time, and by processor time of the very runs: `measure` has both run for the first, then asks the second."""
+    return [
+        Comparison(title, "tokens/s", name, ours.of_time, baseline.of_time, 0.95),
+        Comparison(
+            f"{title}: processors", "tokens/CPU s", name, lambda: ours.of_processor, lambda: baseline.of_processor
+        ),
+    ]
+
+
 def main() -> None:
     options = parser(__doc__, rounds=5)
     options.add_argument("--questions", type=int, default=None, help="prompts of a batch (default: the run file's)")
@@ -156,21 +215,22 @@ def main() -> None:
         bare = BareEngine(config, Path(folder) / "bare.log")
         fleet = Fleet(config.rollout, config.model.path, Path(folder), config.model.dtype, tokenizer.decode)
 
-        def ours(dispatch: Literal["batch", "continuous"]) -> float:
+        def ours(dispatch: Literal["batch", "continuous"]) -> tuple[int, float]:
             fleet.feed(dispatch)
             started = time.perf_counter()
             groups = fleet.sample(prompts, n=n, seed=SEED)
             seconds = time.perf_counter() - started
-            return sum(len(sample.tokens) for group in groups for sample in group) / seconds
+            return sum(len(sample.tokens) for group in groups for sample in group), seconds
 
-        same = partial(bare.tokens_per_second, repeated, seeded)
-        alone = partial(bare.tokens_per_second, prompts, [{**plain, "n": n}] * len(prompts))
+        same = Side(partial(bare.sample, repeated, seeded), lambda: bare.processes)
+        alone = Side(partial(bare.sample, prompts, [{**plain, "n": n}] * len(prompts)), lambda: bare.processes)
+        baselines = {"LLM.generate, seeds and logprobs as ours": same, f"LLM.generate, n={n}, tokens alone": alone}
         comparisons = [
-            Comparison(f"Fleet.sample, {dispatch}", "tokens/s", name, partial(ours, dispatch), baseline, 0.95)
+            comparison
             for dispatch in ("batch", "continuous")
-            for name, baseline in (
-                ("LLM.generate, seeds and logprobs as ours", same),
-                (f"LLM.generate, n={n}, tokens alone", alone),
+            for name, baseline in baselines.items()
+            for comparison in both(
+                f"Fleet.sample, {dispatch}", name, Side(partial(ours, dispatch), partial(all_but, bare)), baseline
             )
         ]
         with fleet:

@@ -175,7 +175,7 @@ def test_an_engine_that_is_lost_on_the_way(served: Served, kind: str) -> None:
     (served.folder / "2").unlink(missing_ok=True)
     assert "engine-1" in failed.value.engines
     assert served.fleet.figures()["engines_lost"] > lost
-    wait_for(lambda: all(member.ready or member.waiting for member in served.fleet._members))
+    wait_for(lambda: all(member.ready or member.waiting for member in served.fleet._members), seconds=700.0)
     again = served.sync("nccl")
     again.push(served.tensors(0), served.next())
     assert served.fleet.figures()["engines_ready"] == 2

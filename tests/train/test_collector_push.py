@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.report.run import Report
 from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fan_out import TransferError
+from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.train.collector import Collector
 from megatron_r1.train.interruption import Interruptions
@@ -87,6 +89,7 @@ class Pushing(Collector):
         self.said, self.sync = Said(), Failing(failures)
         super().__init__(run, cast(Tokenizer, None), cast(Report, self.said), Interruptions())
         self._sync, self._stored = self.sync, BlockFp8({})
+        self._fleet = cast(Fleet, SimpleNamespace(updated=0.0))
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         if self.empty:

@@ -59,6 +59,8 @@ class AheadSection(RolloutSection):
                     raise ValueError(f"{name} = {getattr(self, name)!r} goes with max_staleness above 0")
             return self
         asked = "max_staleness" if self.max_staleness else "over_sampling"
+        if self.sleep:
+            raise ValueError(f"{asked} above 0 has engines work while the learner does: they cannot sleep then")
         if self.dispatch != "continuous":
             raise ValueError(
                 f'{asked} above 0 needs dispatch = "continuous": with "batch" an engine gets nothing before all have '

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_r1.config.component import TaskComponent
 from megatron_r1.config.context_extension import ContextSection
+from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.kernels import Fp8Section, KernelsSection
 from megatron_r1.config.recompute import MemorySection
 from megatron_r1.config.schedule import Phases, Piecewise
@@ -213,7 +214,7 @@ class RolloutSection(Section):
     start_timeout: PositiveFloat = 300.0
     """Seconds an engine may take to answer its first health check."""
     request_timeout: PositiveFloat = 600.0
-    """Seconds one batch of responses (`continuous`: one group) may take, or one transfer of weights."""
+    """Seconds one batch of responses (`continuous`: one group) may take."""
     stall_timeout: PositiveFloat = 120.0
     """Seconds without a sign of life after which an engine that should be answering counts as lost; engines give one
     every few seconds, and none is expected while they load weights."""
@@ -223,9 +224,20 @@ class RolloutSection(Section):
     first_gpu: NonNegativeInt | None = None
     """GPU of this machine that engine 0 begins at; each takes as many as its `arguments` say, one engine after
     another. None = every engine sees all of them, as those that share their GPUs with the trainer do."""
-    transport: Literal["auto", "shared_memory", "disk"] = "auto"
-    """How weights reach the engines: files in shared memory, for engines of this machine, or files in `<output>/sync`,
-    for a file system that all engines see; auto = disk if an address is that of another machine."""
+    sleep: bool = False
+    """Engines that share GPUs with the trainer give their memory back (vLLM's sleep: weights go to the host, the cache
+    is dropped) from the last sample of a step until they get new weights."""
+    transport: Literal["auto", "nccl", "ipc", "shared_memory", "disk"] = "auto"
+    """How weights reach the engines: from GPU to GPU in one NCCL group; by CUDA IPC, within the first rank's GPU;
+    through files in shared memory, for engines of this machine; through files in `<output>/sync`, for a file system
+    that all engines see. What auto chooses: docs/fleet.md."""
+    transfer_timeout: PositiveFloat = 600.0
+    """Seconds one transfer of weights may take."""
+    transfer_retries: NonNegativeInt = 1
+    """How often a transfer that has failed is repeated, from the first tensor, before the run ends."""
+    transfer_buffer_gib: PositiveFloat = 1.0
+    """GiB of tensors that `nccl` and `ipc` pack together. `nccl` takes two such buffers of the first rank's GPU and of
+    each of an engine, `ipc` one of the GPU that both share; one that is smaller than a tensor grows to its size."""
     arguments: list[str] = []
     """More arguments for `vllm serve`, for example `["--tensor-parallel-size=8"]`."""
 
@@ -240,6 +252,27 @@ class RolloutSection(Section):
         hosts = {urlsplit(address).hostname for address in self.addresses}
         return hosts <= {"127.0.0.1", "::1", "localhost"}
 
+    @property
+    def on_first_rank_gpu(self) -> bool:
+        """Whether every engine is one GPU, the one that the trainer's first rank has, too."""
+        alone = not self.addresses and math.prod(ranks(self.arguments)) == 1
+        return alone and (self.first_gpu is None or (self.first_gpu == 0 and self.engines == 1))
+
+    @property
+    def beside_trainer(self) -> bool:
+        """Whether no engine has a GPU that the trainer has, as far as a run file tells."""
+        return bool(self.addresses or self.first_gpu)
+
+    def transport_on(self, cuda: bool) -> Literal["nccl", "ipc", "shared_memory", "disk"]:
+        """What `transport` is on a machine with CUDA or without."""
+        if self.transport != "auto":
+            return self.transport
+        if cuda and self.on_first_rank_gpu:
+            return "ipc"
+        if cuda and self.beside_trainer:
+            return "nccl"
+        return "shared_memory" if self.on_this_machine else "disk"
+
     @model_validator(mode="after")
     def _fits(self) -> "RolloutSection":
         if self.max_tokens >= self.max_model_len:
@@ -248,6 +281,13 @@ class RolloutSection(Section):
             )
         if self.transport == "shared_memory" and not self.on_this_machine:
             raise ValueError('transport = "shared_memory" does not reach addresses on other machines: "disk" does')
+        if self.sleep and self.addresses:
+            raise ValueError("sleep is for engines that the run starts beside itself: leave out addresses")
+        if self.transport == "ipc" and not self.on_first_rank_gpu:
+            raise ValueError(
+                'transport = "ipc" reaches engines of one GPU that the trainer\'s first rank has, too: leave out '
+                'addresses, first_gpu and parallel sizes, or choose "nccl" or "shared_memory"'
+            )
         return self
 
 

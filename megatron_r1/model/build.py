@@ -1,6 +1,5 @@
 """A Hugging Face folder -> Megatron's GPTModel with its weight map."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from megatron_r1.model.kernel_rules import RULES, Setting, refuse
 from megatron_r1.model.kernels import Kernels, Machine, choose, refuse_uneven
 from megatron_r1.model.layers import with_replacements
 from megatron_r1.model.layout_check import refuse_uncut
-from megatron_r1.model.mapping import WeightMap
+from megatron_r1.model.mapping import Export, WeightMap
 from megatron_r1.model.parallel import device, layout_options, record_generators, stages
 from megatron_r1.model.recompute import check_memory
 from megatron_r1.model.rotary import rotary_arguments
@@ -68,9 +67,9 @@ class BuiltModel:
         """Megatron's, the same for all chunks."""
         return self.chunks[0].config
 
-    def export(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self, dtype: torch.dtype) -> Export:
         """See `WeightMap.export`."""
-        return self.map.export(self.chunks, dtype)
+        return Export(self.map, self.chunks, dtype)
 
 
 def build_model(

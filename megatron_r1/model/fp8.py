@@ -146,10 +146,11 @@ def quantize(
     Raises:
         DataError: a weight is NaN or infinite.
     """
-    scale = torch.empty(scale_shape(weight.shape, block), dtype=torch.float32)
-    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    device = weight.device
+    scale = torch.empty(scale_shape(weight.shape, block), dtype=torch.float32, device=device)
+    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
     columns = weight.size(1)
-    scratch = torch.empty(min(block[0], weight.size(0)), columns, dtype=torch.float32)
+    scratch = torch.empty(min(block[0], weight.size(0)), columns, dtype=torch.float32, device=device)
     for index, scales in enumerate(scale):
         first, stop = index * block[0], (index + 1) * block[0]
         part = weight[first:stop]

@@ -1,7 +1,7 @@
 """Weights between Megatron modules and Hugging Face names, both ways, by one family's rules."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megatron_r1.model.hf_folder import Weights
 from megatron_r1.model.lora import adapters, without_adapters
 from megatron_r1.model.parallel import is_first_rank
 from megatron_r1.model.placement import Share, shares
+from megatron_r1.model.safetensors_file import Spec
 
 
 class WeightMap:
@@ -65,9 +66,7 @@ class WeightMap:
         are merged into the weights that they belong to.
         """
         ours = _merged(chunks)
-        if self._senders is None:
-            self._senders = senders(ours)
-        left = dict(self._senders)
+        left = dict(self._sent_by(ours))
         for rule in self.rules:
             if (holders := left.pop(rule.megatron, None)) is None:
                 continue
@@ -79,6 +78,40 @@ class WeightMap:
         if left:
             raise DataError(f"no rule exports {len(left)} tensors of the model, for example {next(iter(left))}")
         yield from self.passthrough.items()
+
+    def specs(self, chunks: Sequence[GPTModel], dtype: torch.dtype) -> dict[str, Spec]:
+        """What `export` yields on the first rank, in its order, without values. All ranks call it together."""
+        found: dict[str, Spec] = {}
+        sent_by = self._sent_by(_merged(chunks) if self._senders is None else {})
+        for rule in self.rules:
+            if (holders := sent_by.get(rule.megatron)) is None:
+                continue
+            kept = holders[0].dtype if rule.float32 else dtype
+            parts = rule.cut(torch.empty(holders[0].shape, dtype=kept, device="meta"))
+            names = (*zip(rule.hf, parts, strict=True), *((name, parts[0]) for name in rule.copies))
+            found |= {name: Spec(part.dtype, tuple(part.shape)) for name, part in names}
+        return found | {name: Spec(kept.dtype, tuple(kept.shape)) for name, kept in self.passthrough.items()}
+
+    def _sent_by(self, ours: Mapping[str, Share]) -> dict[str, list[Sender]]:
+        if self._senders is None:
+            self._senders = senders(ours)
+        return self._senders
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model's tensors under their Hugging Face names, collected anew each time that all ranks iterate it."""
+
+    map: WeightMap
+    chunks: Sequence[GPTModel]
+    dtype: torch.dtype
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.map.export(self.chunks, self.dtype)
+
+    def specs(self) -> dict[str, Spec]:
+        """See `WeightMap.specs`."""
+        return self.map.specs(self.chunks, self.dtype)
 
 
 def _joined(rule: Rule, reader: Weights, shape: tuple[int, ...]) -> torch.Tensor:

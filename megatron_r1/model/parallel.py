@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -162,7 +162,7 @@ def from_first_rank(produce: Callable[[], T]) -> T:
     return result
 
 
-def consumed_by_first_rank(consume: Callable[[Iterator[T]], R], items: Iterator[T]) -> R:
+def consumed_by_first_rank(consume: Callable[[Iterator[T]], R], items: Iterable[T]) -> R:
     """What `consume(items)` returns on the first rank, on every rank; all ranks take part in making the items.
 
     An error there is raised on all, after the others have made what they had to.
@@ -170,10 +170,11 @@ def consumed_by_first_rank(consume: Callable[[Iterator[T]], R], items: Iterator[
 
     def first() -> R:
         try:
-            return consume(items)
+            return consume(made)
         finally:
-            deque(items, maxlen=0)
+            deque(made, maxlen=0)
 
+    made = iter(items)
     if not is_first_rank():
-        deque(items, maxlen=0)
+        deque(made, maxlen=0)
     return from_first_rank(first)

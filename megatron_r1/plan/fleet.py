@@ -12,12 +12,14 @@ from megatron_r1.model.memory import Shape
 from megatron_r1.plan.engine_arguments import engine_of
 from megatron_r1.plan.hardware import Hardware
 from megatron_r1.plan.layouts import Finding
-from megatron_r1.plan.movement import Transfer, weight_sync, weights_file
+from megatron_r1.plan.movement import Transfer, weight_sync, weights_file, within_gpu
 from megatron_r1.plan.rollout import Decoding, Engine, Lengths, cache_tokens, engine_weights
 from megatron_r1.plan.run_file import prompt_tokens
 from megatron_r1.plan.tensors import Counts
 
 GIB = 2**30
+SENT = 2.0
+"""Bytes of a weight on its way: bfloat16."""
 _SIMULATED = 16384
 """Samples of an engine whose decoding is followed step by step; of more, what comes before the end is repeated."""
 
@@ -83,12 +85,13 @@ def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts
 
 
 def _sync(section: RolloutSection, gpus: int, counts: Counts, hardware: Hardware) -> Transfer:
-    """By the run's transport (weight_sync/transport.py)."""
-    if section.transport not in {"auto", "shared_memory", "disk"}:
-        return weight_sync(counts.main, engine_of(section.arguments, 1).weight, hardware)
-    here = section.on_this_machine and gpus <= hardware.gpus_per_node
-    shared = section.transport == "shared_memory" or (section.transport == "auto" and here)
-    return weights_file(counts.main, gpus, shared, hardware)
+    """By the run's transport (weight_sync/transport.py); engines of several nodes are at addresses."""
+    transport, here = section.transport_on(cuda=True), section.on_this_machine and gpus <= hardware.gpus_per_node
+    if transport == "nccl" or (section.transport == "auto" and not here):
+        return weight_sync(counts.main, SENT, hardware)
+    if transport == "ipc":
+        return within_gpu(counts.main, SENT, hardware)
+    return weights_file(counts.main, gpus, transport == "shared_memory", hardware)
 
 
 def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, hardware: Hardware) -> FleetPlan:

@@ -31,6 +31,12 @@ def weight_sync(parameters: float, weight: float, hardware: Hardware, one_sender
     return Transfer(size, size / (hardware.network * hardware.gpus_per_node), "by a node's ports together")
 
 
+def within_gpu(parameters: float, weight: float, hardware: Hardware) -> Transfer:
+    """Weights into an engine on the first rank's GPU, by CUDA IPC: into the shared buffer, out of it, into place."""
+    size = parameters * weight
+    return Transfer(size, 3 * 2 * size / hardware.memory_rate, "within the GPU: three copies, each read and written")
+
+
 _FILES = 2
 """In shared memory, which take turns (weight_sync/shared_memory.py)."""
 

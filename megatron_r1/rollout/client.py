@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +55,51 @@ class Client:
 
     def lost(self) -> bool:
         """Does it refuse connections, or say that its engine is dead? One that is only slow is not lost."""
-        try:
-            return self._http.get("/health", timeout=HEALTH_SECONDS).status_code != httpx.codes.OK
-        except httpx.TimeoutException:
-            return False
-        except httpx.TransportError:
-            return True
+        for _ in range(2):  # the server closes the connection on which it has just answered with an error
+            try:
+                return self._http.get("/health", timeout=HEALTH_SECONDS).status_code != httpx.codes.OK
+            except httpx.TimeoutException:
+                return False
+            except httpx.TransportError:
+                continue
+        return True
 
     def update_weights(self, path: Path, version: int) -> None:
-        """Follow vLLM's sequence: hold the scheduler, start, load, finish, forget what old weights computed, let go.
+        """Give it the weights of a file: the whole sequence of an update.
 
-        Without the hold a step could meet half-loaded weights; without the reset, cached prefixes of the old weights
-        would be read by the new ones. On failure the scheduler stays held: half-loaded weights must not answer.
+        On failure the scheduler stays held: half-loaded weights must not answer.
         """
+        self.start_update()
+        try:
+            self.update({"path": str(path)})
+        except EngineLostError:
+            raise
+        except EngineError:
+            self.abandon_update()
+            raise
+        self.finish_update(version)
+        self.let_go(version)
+
+    def start_update(self) -> None:
+        """Hold the scheduler, so that no step meets half-loaded weights, and begin."""
         self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})
         self._call("POST", "/start_weight_update", self.timeout)
-        self._call("POST", "/update_weights", self.timeout, json={"update_info": {"path": str(path)}})
+
+    def update(self, info: dict[str, Any]) -> None:
+        """Have its workers take tensors, as `receiver.UpdateInfo` says."""
+        self._call("POST", "/update_weights", self.timeout, json={"update_info": info})
+
+    def finish_update(self, version: int) -> None:
+        """No more tensors come."""
         self._call("POST", "/finish_weight_update", self.timeout, json={"weight_version": str(version)})
+
+    def abandon_update(self) -> None:
+        """End an update that has failed, if one is begun: the next could not begin. The scheduler stays held."""
+        with suppress(EngineError):
+            self._call("POST", "/finish_weight_update", CONTROL_SECONDS)
+
+    def let_go(self, version: int) -> None:
+        """Forget what old weights computed, and go on: cached prefixes would be read by the new ones."""
         reset = self._call("POST", "/reset_prefix_cache", CONTROL_SECONDS, params={"reset_running_requests": True})
         if not reset.get("success"):
             raise EngineError(f"vLLM at {self.server.url} could not empty its prefix cache after a weight update")
@@ -86,6 +114,20 @@ class Client:
         self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})  # tokens that it holds back are sent
         self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "abort"})  # it would throw them away
 
+    def connect(self, info: dict[str, Any]) -> None:
+        """Have its workers join the trainer, as `receiver.InitInfo` says; an earlier connection ends."""
+        self._call("POST", "/shutdown_weight_transfer_engine", CONTROL_SECONDS)
+        self._call("POST", "/init_weight_transfer_engine", self.timeout, json={"init_info": info})
+
+    def received(self) -> list[dict[str, str]]:
+        """Of each worker: checksums of the tensors of this update that it was asked to look at."""
+        answer = self._call("POST", "/collective_rpc", self.timeout, json={"method": "received_checksums"})
+        return list(answer.get("results", []))
+
+    def workers(self) -> int:
+        """How many it has: one for each of its GPUs."""
+        return int(self._call("GET", "/get_world_size", CONTROL_SECONDS)["world_size"])
+
     def set_weight_version(self, version: int) -> None:
         """Name the weights that the server has loaded by itself."""
         self._call("POST", "/update_weight_version", CONTROL_SECONDS, json={"new_version": str(version)})
@@ -93,6 +135,14 @@ class Client:
     def resume(self) -> None:
         """Let the scheduler go, whoever has held it."""
         self._call("POST", "/resume", CONTROL_SECONDS)
+
+    def sleep(self) -> None:
+        """Have it give its GPUs' memory back; nothing may be asked of it until it is woken."""
+        self._call("POST", "/sleep", self.timeout, params={"level": 1})
+
+    def wake(self) -> None:
+        """Have it take its memory again, and bring its weights back from the host."""
+        self._call("POST", "/wake_up", self.timeout)
 
     def weight_version(self) -> str:
         """Of the weights that the server says it has."""

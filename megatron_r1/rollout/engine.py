@@ -13,8 +13,11 @@ from megatron_r1.types import Question, Sample
 
 SAMPLE_PATH = "/megatron_r1/sample"
 """Route of samples, inside the server (`batch_route.py`)."""
-TRANSPORT = "megatron_r1_shm"
-"""What our weight transport is called in vLLM (`receiver.py`)."""
+BACKEND = "megatron_r1"
+"""What our receiver of weights is called in vLLM (`receiver.py`)."""
+
+PREFLIGHT = -1
+"""Version of weights that are sent to see whether they arrive: one tensor, and more to come before anybody is asked."""
 
 Decode = Callable[[list[int]], str]
 """Token ids -> text."""

@@ -24,10 +24,10 @@ from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
 from megatron_r1.report.spans import lane
-from megatron_r1.rollout.client import HEALTH_SECONDS
 from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Sampling
-from megatron_r1.rollout.member import Member, Weights
+from megatron_r1.rollout.fan_out import TransferError
+from megatron_r1.rollout.member import Member, Weights, while_healthy
 from megatron_r1.rollout.meters import Busy
 from megatron_r1.rollout.responses import Ask, GarbageError, Response, ask
 from megatron_r1.rollout.server import EngineLostError
@@ -97,7 +97,9 @@ class Engines:
         """Samples that were asked for from where they had been cut."""
         self._draining: set[str] = set()
         self._loading = 0
-        """Engines that had drained and load."""
+        """Engines that load by themselves: they had drained, or have come back."""
+        self.asleep = False
+        """Have they given their GPUs' memory back?"""
         self._busy = Busy()
         for member in members:
             member.version, member.ready = weights.version, True
@@ -157,22 +159,22 @@ class Engines:
 
         try:
             async with asyncio.timeout(self.section.request_timeout):
-                await _while_healthy(member, read())
+                await while_healthy(member, read())
             member.failures = 0
         except httpx.HTTPStatusError as error:
             what = f"answered a request for samples with {error.response.status_code}: {error}"
             if error.response.is_client_error:
                 raise member.server.failure(what) from error
-            raise self._lose(member, life, what) from error
+            raise self.lose(member, life, what) from error
         except GarbageError as error:
-            raise self._lose(member, life, f"answered a request for samples with {error}") from error
+            raise self.lose(member, life, f"answered a request for samples with {error}") from error
         except httpx.ReadTimeout as error:
-            raise self._lose(member, life, f"gave no sign of life for {stall:g} s") from error
+            raise self.lose(member, life, f"gave no sign of life for {stall:g} s") from error
         except httpx.HTTPError as error:
-            raise self._lose(member, life, f"has died, or cannot be reached ({error!r})") from error
+            raise self.lose(member, life, f"has died, or cannot be reached ({error!r})") from error
         except TimeoutError as error:
             what = f"did not answer a request for samples within {self.section.request_timeout:g} s"
-            raise self._lose(member, life, what) from error
+            raise self.lose(member, life, what) from error
 
     async def update_weights(self, path: Path, version: int) -> None:
         """Give them new weights; engines that are lost on the way, or before, get these when they come back.
@@ -180,13 +182,10 @@ class Engines:
         At group borders they get them later: each when it has done what it was asked for, and nothing new until then.
 
         Raises:
-            EngineError: an engine refuses them.
+            TransferError: an engine refuses them.
         """
         self.weights = Weights(version, path)
-        for member in self.members:
-            if member.gone and member.remote:
-                member.gone, member.failures = False, 0
-                self._spawn(self._bring_back(member))
+        self.look_again()
         ready = [member for member in self.members if member.ready]
         for member in ready:
             if self.watcher:
@@ -195,10 +194,19 @@ class Engines:
             for member in ready:
                 if member.name not in self._draining:
                     self._spawn(self._load_when_done(member))
-            while self._loading:  # perhaps from the file that will be written next
-                await asyncio.sleep(DRAIN_SECONDS)
-            return
-        await asyncio.gather(*(self._load(member) for member in ready))
+        else:
+            outcomes = await asyncio.gather(*(self._load(member) for member in ready), return_exceptions=True)
+            for refused in filter(None, outcomes):  # when all have ended: the next push may follow at once
+                raise refused
+        while self._loading:  # perhaps from the file that will be written next
+            await asyncio.sleep(DRAIN_SECONDS)
+
+    def look_again(self) -> None:
+        """For engines at addresses that were given up."""
+        for member in self.members:
+            if member.gone and member.remote:
+                member.gone, member.failures = False, 0
+                self._spawn(self._bring_back(member))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that depends on engines that come back or are given up."""
@@ -238,18 +246,21 @@ class Engines:
         life = member.life
         try:
             if self.weights_change == "partial_rollouts":
-                await self._cut(member)
+                await self.cut(member)
                 if member.life != life or not member.ready:
                     return
             with member.asleep(), lane(member.name):
                 await asyncio.to_thread(member.load, self.weights)
         except EngineLostError as error:
-            self._lose(member, life, error)
+            self.lose(member, life, error)
+        except EngineError as error:
+            text = f"weights {self.weights.version} of rank 0, in a file: {member.name} does not take them: {error}"
+            raise TransferError(text) from error
         else:
             if member.ready and member.life == life and self.watcher:
                 self.watcher.joined(member)
 
-    async def _cut(self, member: Member) -> None:
+    async def cut(self, member: Member) -> None:
         """Have it give back all that it was asked for, as far as it is.
 
         Raises:
@@ -280,7 +291,7 @@ class Engines:
                     await asyncio.to_thread(member.load, self.weights, late=True)
         except (EngineError, OSError) as error:
             said = error if isinstance(error, EngineError) else member.server.failure(f"failed ({error})")
-            self._lose(member, life, said if isinstance(said, EngineLostError) else EngineLostError(said))
+            self.lose(member, life, said if isinstance(said, EngineLostError) else EngineLostError(said))
         finally:
             self._draining.remove(member.name)
         if member.ready and member.life == life and self.watcher:
@@ -300,16 +311,17 @@ class Engines:
         member.meter.asked(samples)
         self._busy.change(bool(member.meter.queue) - bool(before))
 
-    def _lose(self, member: Member, life: int, what: str | EngineLostError) -> EngineLostError:
+    def lose(self, member: Member, life: int, what: str | EngineLostError) -> EngineLostError:
         """Take an engine out, unless another request has noticed before."""
-        if member.life != life or not member.ready:
+        if member.life != life or not (member.ready or member.waiting):
             return EngineLostError(f"{member.name} is lost")
+        known = member.ready
         error = what if isinstance(what, EngineLostError) else EngineLostError(member.server.failure(what))
-        member.ready, member.error = False, error
+        member.ready, member.waiting, member.error = False, False, error
         member.failures += 1
         self.lost += 1
         _say(f"{member.name} is taken out", error)
-        if self.watcher:
+        if self.watcher and known:
             self.watcher.left(member)
         self._spawn(self._bring_back(member))
         return error
@@ -319,16 +331,21 @@ class Engines:
         while member.failures <= self.section.max_restarts or (member.remote and any(m.ready for m in self.members)):
             try:
                 await asyncio.to_thread(member.restart)
-                while member.version != self.weights.version:
-                    await asyncio.to_thread(member.load, self.weights, late=True)
+                while member.version != self.weights.version and not self.weights.passed:
+                    with self._counted_as_loading():
+                        await asyncio.to_thread(member.load, self.weights, late=True)
             except (EngineError, OSError) as error:
                 member.error = error if isinstance(error, EngineError) else member.server.failure(f"failed ({error})")
                 member.failures += 1
                 _say(f"{member.name} does not come back", member.error)
                 continue
             member.life += 1
-            member.ready = True
             self.returned += 1
+            if member.version != self.weights.version:
+                member.waiting = True
+                logger.warning("%s is back, and waits for the next weights", member.name)
+                break
+            member.ready = True
             logger.warning("%s is back, with weights %d", member.name, member.version)
             if self.watcher:
                 self.watcher.joined(member)
@@ -370,23 +387,6 @@ class _Meanwhile:
 
     def cut(self) -> bool:
         return self.member.cut
-
-
-async def _while_healthy(member: Member, reading: Coroutine[Any, Any, None]) -> None:
-    """Read on, and ask for health meanwhile: a server whose core has died may hold its connections open.
-
-    Raises:
-        httpx.ConnectError: the server says that its core is dead, or does not listen any more.
-    """
-    task = asyncio.create_task(reading)
-    try:
-        while not (await asyncio.wait({task}, timeout=HEALTH_SECONDS))[0]:
-            if await asyncio.to_thread(member.client.lost):
-                raise httpx.ConnectError("it is not healthy")
-        task.result()
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
 
 
 def _say(what: str, error: EngineError) -> None:

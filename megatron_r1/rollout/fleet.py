@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.flow import Flow
 from megatron_r1.rollout.member import START_KEY, Member, Weights
+from megatron_r1.rollout.passing import pass_weights, sleep, wake
 from megatron_r1.rollout.refill import Refill
 from megatron_r1.rollout.responses import to_sample
 from megatron_r1.rollout.server import RemoteServer, Server, engine_server, read_config
@@ -180,9 +181,19 @@ class Fleet:
 
     def update_weights(self, path: Path, version: int) -> None:
         """See `Engine.update_weights`; every server reads the same file, and the fleet keeps it open for later ones."""
-        self.updated = time.monotonic()
-        self._running.start(self._running.update_weights(path, version)).result()
+        running, self.updated = self._running, time.monotonic()
+        running.start(wake(running)).result()
+        running.start(running.update_weights(path, version)).result()
         self.version = version
+
+    def pass_weights(self, send: Callable[[list[Member]], None], version: int) -> None:
+        """See `passing.pass_weights`."""
+        self._running.start(pass_weights(self._running, send, version)).result()
+        self.version = version
+
+    def sleep(self) -> None:
+        """See `passing.sleep`."""
+        self._running.start(sleep(self._running)).result()
 
     def figures(self) -> dict[str, float]:
         """See `Engines.figures`."""

@@ -1,17 +1,21 @@
 """One engine of a fleet through all its lives: its server, how to talk to it, the weights that it holds."""
 
+import asyncio
 import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
-from megatron_r1.rollout.client import Client, wait_until_healthy
+from megatron_r1.rollout.client import HEALTH_SECONDS, Client, wait_until_healthy
 from megatron_r1.rollout.meters import Meter
 from megatron_r1.rollout.server import RemoteServer, Server
 
@@ -23,10 +27,15 @@ class Weights:
 
     The file is kept open, so an engine on this machine that starts again finds it after its name is gone, and a run
     that is killed leaves no name behind.
+
+    Args:
+        version: of the trainer.
+        path: the file.
+        passed: whether they went from GPU to GPU, so that nobody can have them later.
     """
 
-    def __init__(self, version: int, path: Path | None = None) -> None:
-        self.version, self.path = version, path
+    def __init__(self, version: int, path: Path | None = None, passed: bool = False) -> None:
+        self.version, self.path, self.passed = version, path, passed
         self.kept: Path | None = None
         """The same file, whatever becomes of its name."""
         if path:
@@ -58,6 +67,8 @@ class Member:
         """Starts and returns so far."""
         self.ready = False
         """Is it to be asked?"""
+        self.waiting = False
+        """Has it come back, and has to wait for the next weights?"""
         self.failures = 0
         """Times that it was lost or did not start since it last did its work."""
         self.gone = False
@@ -74,7 +85,7 @@ class Member:
         self._lock = threading.Lock()
         self._closed = False
         self.server = start()
-        self.client = Client(self.server, section.request_timeout, token)
+        self.client = Client(self.server, section.transfer_timeout, token)
 
     @property
     def remote(self) -> bool:
@@ -94,7 +105,7 @@ class Member:
             self.server.close()
             self.client.close()
             self.server = self._start()
-            self.client = Client(self.server, self._section.request_timeout, self.token)
+            self.client = Client(self.server, self._section.transfer_timeout, self.token)
         wait_until_healthy([self.client], self._section.start_timeout, START_KEY)
         if self.remote:  # it may have been out of reach for a moment, with all that it had
             self.client.resume()
@@ -134,3 +145,20 @@ class Member:
         with self._lock:
             self.server.close()
             self.client.close()
+
+
+async def while_healthy(member: Member, reading: Coroutine[Any, Any, None]) -> None:
+    """Read on, and ask for health meanwhile: a server whose core has died may hold its connections open.
+
+    Raises:
+        httpx.ConnectError: the server says that its core is dead, or does not listen any more.
+    """
+    task = asyncio.create_task(reading)
+    try:
+        while not (await asyncio.wait({task}, timeout=HEALTH_SECONDS))[0]:
+            if await asyncio.to_thread(member.client.lost):
+                raise httpx.ConnectError("it is not healthy")
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})

@@ -1,13 +1,17 @@
-"""Runs inside vLLM's workers: takes new weights from a safetensors file in shared memory, on CPU or GPU.
+"""Runs inside vLLM's workers: takes new weights from a file, over NCCL or by CUDA IPC, as the trainer says.
 
-vLLM's weight-transfer API has transports for NCCL and CUDA IPC but none that works on CPU; this one is registered with
-its factory under the name `megatron_r1_shm`. vLLM imports it in every worker by
+vLLM's weight-transfer API has engines for NCCL and CUDA IPC, but an engine of vLLM takes one of them for all its life,
+and neither works on CPU. So one engine of ours is registered with vLLM's factory: it reads files by itself and leaves
+the rest to vLLM's own two. vLLM imports this module in every worker by
 `--worker-extension-cls megatron_r1.rollout.receiver.Receiver`, which needs no installed entry point.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,55 +21,133 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
 from megatron_r1.rollout.checksum import KEY, VERSION, checksum, checksum_of_all
-from megatron_r1.rollout.engine import TRANSPORT
+from megatron_r1.rollout.engine import BACKEND, PREFLIGHT
 
 logger = init_logger("vllm.megatron_r1")  # vLLM writes what its own loggers say
+
+DIRECT = {"nccl": NCCLWeightTransferEngine, "ipc": IPCWeightTransferEngine}
+"""Transports without a file, and who receives by them."""
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """A file needs no rendezvous."""
+    """How the trainer is reached; a file needs no such thing."""
+
+    transport: str
+    """Of `DIRECT`."""
+    settings: dict[str, Any]
+    """As that engine's own class of init info takes them."""
+
+    def __post_init__(self) -> None:
+        if self.transport not in DIRECT:
+            raise ValueError(f"no transport {self.transport!r}, but {', '.join(DIRECT)}")
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Where this update's weights are."""
+    """Where tensors of this update are."""
 
-    path: str
+    path: str | None = None
     """A safetensors file with the names of a Hugging Face checkpoint."""
+    transport: str | None = None
+    """Or the transport by which they come."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """As that engine's own class of update info takes them."""
+    sampled: list[str] = field(default_factory=list)
+    """Names of the tensors whose checksums the trainer will ask for."""
+    version: int | None = None
+    """Of the weights; a file says its own."""
 
 
-class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads weights of checkpoint format through vLLM's layer-wise reload, as at start."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._arguments = arguments
+        self._direct: dict[str, WeightTransferEngine[Any, Any]] = {}
+        self._begun = self._preflight = False
+        self.received: dict[str, str] = {}
+        """Checksums of tensors of this update."""
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Nothing to set up."""
+        engine = DIRECT[init_info.transport](*self._arguments)
+        engine.init_transfer_engine(engine.parse_init_info(init_info.settings))
+        self._direct[init_info.transport] = engine
 
     def start_weight_update(self) -> None:
+        if self._begun:
+            # vLLM would add these tensors to those of the update that has failed, and take a layer that has some twice
+            # for complete.
+            with _silent_about_layers():
+                finalize_layerwise_reload(self.model, self.model_config)
+        self.received, self._begun, self._preflight = {}, True, False
         repack_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        received: dict[str, str] = {}
-        self.model.load_weights(read(update_info.path, received))
-        version = version_of(update_info.path)
-        logger.info("received weights %s: %d tensors, checksum %s", version, len(received), checksum_of_all(received))
+        if update_info.path is None:
+            self._preflight = update_info.version == PREFLIGHT
+            self._receive_directly(update_info)
+            return
+        self.model.load_weights(read(update_info.path, self.received))
+        version, every = version_of(update_info.path), checksum_of_all(self.received)
+        self._preflight = version == str(PREFLIGHT)
+        logger.info("received weights %s: %d tensors, checksum %s", version, len(self.received), every)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        with _silent_about_layers() if self._preflight else nullcontext():
+            finalize_layerwise_reload(self.model, self.model_config)
         repack_lm_head(self.model)
+        self._begun = False
+        if "ipc" in self._direct:
+            self._direct["ipc"].shutdown()  # of CUDA IPC it gives the trainer's buffer back, and holds nothing else
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        for engine in self._direct.values():
+            engine.shutdown()
+        self._direct = {}
+
+    def _receive_directly(self, update_info: UpdateInfo) -> None:
+        if (engine := self._direct.get(update_info.transport or "")) is None:
+            raise RuntimeError(f"no connection by {update_info.transport!r} to the trainer has been made")
+        engine.model = _Listening(self.model, set(update_info.sampled), self.received)
+        engine.receive_weights(engine.parse_update_info(update_info.settings))
+
+
+@contextmanager
+def _silent_about_layers() -> Iterator[None]:
+    """Without a warning for each layer that was not loaded, where that is meant."""
+    reload = logging.getLogger(finalize_layerwise_reload.__module__)
+    level = reload.level
+    reload.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reload.setLevel(level)
+
+
+class _Listening:
+    """A model to load weights into that notes checksums of some."""
+
+    def __init__(self, model: torch.nn.Module, sampled: set[str], received: dict[str, str]) -> None:
+        self._model, self._sampled, self._received = model, sampled, received
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        pairs = list(weights)
+        self._received.update((name, checksum(tensor)) for name, tensor in pairs if name in self._sampled)
+        return self._model.load_weights(pairs)
 
 
 def read(path: str, received: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,8 +199,15 @@ def repack_lm_head(model: torch.nn.Module) -> None:
 
 
 class Receiver:
-    """Worker extension without methods: naming it is what makes the workers import this module."""
+    """Worker extension: naming it is what makes the workers import this module."""
+
+    weight_transfer_engine: WeightReceiver
+    """The worker's own, whose class this one is mixed into."""
+
+    def received_checksums(self) -> Mapping[str, str]:
+        """For the trainer: of the tensors of this update that it has named."""
+        return self.weight_transfer_engine.received
 
 
-if TRANSPORT not in WeightTransferEngineFactory._registry:  # vLLM offers no public way to ask
-    WeightTransferEngineFactory.register_engine(TRANSPORT, SharedMemoryEngine)
+if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM offers no public way to ask
+    WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)

@@ -16,7 +16,7 @@ from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.member import Member
 from megatron_r1.rollout.responses import Ask, Response, joined, merged
 from megatron_r1.rollout.scheduler import Assignment, Scheduler
-from megatron_r1.rollout.server import EngineLostError
+from megatron_r1.rollout.server import EngineLostError, WeightsNeededError
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Question
 
@@ -180,8 +180,11 @@ class Refill:
         self._send()  # others get their places
 
     async def hopeless(self) -> EngineError:
-        """Wait until all engines are given up; returns why."""
-        await self.engines.until(lambda: all(member.gone for member in self.engines.members))
+        """Wait until all engines are given up, or wait themselves for weights; returns why."""
+        members = self.engines.members
+        await self.engines.until(lambda: all(member.gone or member.waiting for member in members))
+        if any(member.waiting for member in members):
+            return WeightsNeededError("no engine is left that has weights")
         return self.engines.members[-1].error or EngineError("all engines are gone")
 
     def joined(self, member: Member) -> None:

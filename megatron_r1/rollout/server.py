@@ -24,7 +24,7 @@ from megatron_r1.config.lm_eval import TextServerSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, DataError, EngineError
-from megatron_r1.rollout.engine import TRANSPORT
+from megatron_r1.rollout.engine import BACKEND
 from megatron_r1.rollout.token_gate import TOKEN_VARIABLE
 
 HOST = "127.0.0.1"
@@ -53,6 +53,10 @@ OWN_EXECUTOR_ARGUMENTS = (
 
 class EngineLostError(EngineError):
     """An engine that is gone, hangs, or answers what no working engine does; a new start may mend it."""
+
+
+class WeightsNeededError(EngineError):
+    """Engines have come back without weights, and only a new push brings them: the transport has kept none."""
 
 
 class RemoteServer:
@@ -152,11 +156,18 @@ def engine_server(section: RolloutSection, index: int, model: Path, dtype: str, 
     Raises:
         EngineError: the port is in use.
         DataError: the model folder has no readable config.json.
+        ConfigError: engines cannot sleep on a CPU.
     """
     on_cpu, port = not torch.cuda.is_available(), section.port + index
+    if section.sleep and on_cpu:
+        raise ConfigError("rollout.sleep gives a GPU's memory back, but there is no GPU here: leave it out")
     command = arguments(section, model, dtype, port, on_cpu)
     key = "rollout.port (engine i listens at port + i)"
     environment = variables(section, model, on_cpu) | devices(section, index) | {TOKEN_VARIABLE: token}
+    if section.transport_on(cuda=not on_cpu) == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
+            "1"  # handles of CUDA IPC are pickled, for those with the token
+        )
     return Server(command, environment, port, log, key)
 
 
@@ -181,9 +192,10 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
     receiver = f"{recording}.RecordingReceiver" if recording else "megatron_r1.rollout.receiver.Receiver"
     command += [f"--worker-extension-cls={receiver}"]
     command += ["--enable-return-routed-experts"] if section.returns_experts else []
-    command += [f'--weight-transfer-config={{"backend": "{TRANSPORT}"}}']
+    command += [f'--weight-transfer-config={{"backend": "{BACKEND}"}}']
     if on_cpu:
         command += cpu_arguments(section, section.max_model_len)
+    command += ["--enable-sleep-mode"] if section.sleep else []
     return command + section.arguments
 
 

@@ -9,7 +9,7 @@ from megatron_r1.errors import EngineError
 from megatron_r1.rollout.engines import Engines, Work
 from megatron_r1.rollout.member import Member
 from megatron_r1.rollout.responses import Ask, Response
-from megatron_r1.rollout.server import EngineLostError
+from megatron_r1.rollout.server import EngineLostError, WeightsNeededError
 
 
 class Shares:
@@ -26,7 +26,7 @@ class Shares:
         """Have all of it answered.
 
         Raises:
-            EngineError: an engine is given up, or refuses.
+            EngineError: an engine is given up, or refuses; `WeightsNeededError`: one waits for a push.
         """
         members = self.engines.members
         share = -(-len(work.prompts) // len(members))
@@ -53,7 +53,9 @@ class Shares:
                 work.arrived.put((part[response.prompt], [group[sample] for sample in sorted(group)]))
 
         while True:
-            await self.engines.until(lambda: member.ready or member.gone)
+            await self.engines.until(lambda: member.ready or member.gone or member.waiting)
+            if member.waiting:
+                raise WeightsNeededError(f"{member.name} has come back without weights")
             if member.gone:
                 raise member.error or EngineError(f"{member.name} is gone")
             try:

@@ -3,9 +3,9 @@
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from itertools import accumulate
+from itertools import accumulate, count
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -15,18 +15,23 @@ from megatron_r1.config.reward_model_server import located
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
+from megatron_r1.model.mapping import Export
 from megatron_r1.model.parallel import consumed_by_first_rank, from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
 from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.conversation import Conversation
+from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
 from megatron_r1.rollout.scoring import scored_groups
+from megatron_r1.rollout.server import WeightsNeededError, read_config
 from megatron_r1.train.feed import Feed, Service
 from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question, Sample
-from megatron_r1.weight_sync.transport import open_sync
+from megatron_r1.weight_sync.block_fp8 import BlockFp8
+from megatron_r1.weight_sync.named_tensors import NamedTensors
+from megatron_r1.weight_sync.transport import open_sync, preflight
 
 T = TypeVar("T")
 
@@ -46,6 +51,7 @@ class Collector:
         self._interruptions = interruptions
         self._stack = ExitStack()
         self._version = 0
+        self._tried = False
 
     def __enter__(self) -> Self:
         with self._report.phase("start"):
@@ -57,11 +63,23 @@ class Collector:
     ) -> None:
         self._stack.close()
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Give the engines the policy's weights."""
+    def push(self, export: Export, version: int) -> None:
+        """Give the engines the policy's weights.
+
+        Raises:
+            TransferError: they have not arrived, `transfer_retries` times again.
+        """
         with self._report.phase("sync"):
-            consumed_by_first_rank(lambda tensors: self._push(tensors, version), iter(named_tensors))
-        self._version = version
+            specs = export.specs()
+            for attempt in count():
+                try:
+                    consumed_by_first_rank(lambda tensors: self._push(NamedTensors(tensors, specs), version), export)
+                    break
+                except TransferError as error:
+                    if attempt == self._config.rollout.transfer_retries:
+                        raise
+                    self._report.message(f"sent again: {str(error).splitlines()[0]}")
+        self._export, self._version = export, version
 
     def collect(
         self, questions: Sequence[Question], n: int, seed: int, temperature: float | None = None
@@ -71,7 +89,14 @@ class Collector:
         Raises:
             InterruptionError: a signal has asked the run to end.
         """
+        while True:
+            try:
+                return self._scored(questions, n, seed, temperature)
+            except WeightsNeededError as error:  # the policy is as it was when these were pushed
+                self._report.message(f"weights {self._version} are sent again: {error}")
+                self.push(self._export, self._version)
 
+    def _scored(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         def answered() -> list[tuple[list[int], list[Sample]]]:
             with self._interruptions.at_once():
                 groups = self._collect(questions, n, seed, temperature)
@@ -85,6 +110,11 @@ class Collector:
             # Every rank has the questions, and those of code bring megabytes of tests.
             parts = from_first_rank(answered)
         return [Group(question, *part) for question, part in zip(questions, parts, strict=True)]
+
+    def rest(self) -> None:
+        """Engines are not asked until the next push: with `rollout.sleep` they give their GPUs' memory back."""
+        if self._config.rollout.sleep:
+            from_first_rank(self._fleet.sleep)
 
     def at_first_rank(self, produce: Callable[[], T]) -> T:
         """What it returns, on all ranks; counts as rollout."""
@@ -129,19 +159,25 @@ class Collector:
             self._fleet = self._stack.enter_context(open_fleet(config, self._tokenizer))
             self._judge.wait_until_ready()
             self._sync = open_sync(config.rollout, self._fleet, config.output / "sync")
+            self._stored = BlockFp8(read_config(config.model.path))
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
 
-    def _push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    def _push(self, tensors: NamedTensors, version: int) -> None:
+        """On the first rank; the first time one tensor goes ahead, and what a push will be is said."""
+        stored = self._stored.of(tensors)
+        if not self._tried:
+            self._report.message(str(preflight(self._sync, stored)))
+            self._tried = True
         began, gathered = time.monotonic(), math.inf
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal gathered
-            yield from tensors
+            yield from stored
             gathered = time.monotonic()
             SPANS.add(SYNC, "gather", began, gathered)
 
-        self._sync.push(noted(), version)
+        self._sync.push(NamedTensors(noted(), stored.specs), version)
         if gathered < self._fleet.updated:  # else tensors go out one by one as they are gathered
             SPANS.add(SYNC, "write", gathered, self._fleet.updated)
 

@@ -111,6 +111,7 @@ class _Training:
             rollout = learner.rollouts.sample(collector, step)  # {o_i} ~ pi_old(.|q), r_i
             report.add(rollout_figures(rollout.sampled) | rollout.figures)
             report.add(throughput(rollout.sampled, rollout.seconds))
+            collector.rest()
             with report.phase("logprobs"):
                 if self._compared and learner.on_policy:
                     batch, figures = learner.unscored(rollout.groups, step)  # pi_old comes with the update

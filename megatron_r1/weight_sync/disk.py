@@ -23,6 +23,8 @@ class DiskSync:
         folder: where the files go; those of an earlier run in it are removed.
     """
 
+    transport = "disk"
+
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
         folder.mkdir(parents=True, exist_ok=True)

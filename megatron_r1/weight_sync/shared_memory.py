@@ -35,19 +35,22 @@ class SharedMemorySync:
         directory: where they are tried first.
     """
 
+    transport = "shared_memory"
+
     def __init__(self, engine: Engine, fallback: Path, directory: Path = SHARED_MEMORY) -> None:
         self.engine = engine
         self.fallback = fallback
         self.directory = directory
         self._files: list[int] = []
-        self._pushes = 0
+        self._room = self._pushes = 0
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> float:
         started = time.perf_counter()
         tensors = on_host(named_tensors)
-        if not self._files:
-            folder = self._folder(size(tensors))
-            self._files = [_nameless(folder) for _ in range(_FILES)]
+        if (needed := size(tensors)) > self._room:
+            self.close()
+            folder = self._folder(needed)
+            self._files, self._room = [_nameless(folder) for _ in range(_FILES)], needed
         # A path to the open file, for every process of this user on this machine.
         path = Path(f"/proc/{os.getpid()}/fd/{self._files[self._pushes % _FILES]}")
         self._pushes += 1
@@ -62,7 +65,7 @@ class SharedMemorySync:
         """Free the memory, once the engines are gone."""
         for file in self._files:
             os.close(file)
-        self._files = []
+        self._files, self._room = [], 0
 
     def _folder(self, nbytes: int) -> Path:
         """The first folder with room for both files and half as much again in reserve."""

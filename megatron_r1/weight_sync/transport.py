@@ -1,31 +1,41 @@
-"""How the policy's weights reach the engines: one interface, and which transport a run has."""
+"""How the policy's weights reach the engines: one interface, which transport a run has, and what it says of a push."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from megatron_r1.config.sections import RolloutSection
-from megatron_r1.rollout.engine import Engine
+from megatron_r1.errors import ConfigError
+from megatron_r1.rollout.engine import PREFLIGHT, Engine
+from megatron_r1.rollout.member import Member
 from megatron_r1.weight_sync.disk import DiskSync
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+
+MIB = 2**20
 
 
 class WeightSync(Protocol):
     """Pushes the policy's weights into engines."""
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> float:
+    transport: str
+    """As a run file calls it."""
+
+    def push(self, tensors: NamedTensors, version: int) -> float:
         """Replace the engines' weights in place; from here on their responses carry `version`.
 
         Args:
-            named_tensors: the whole model under its Hugging Face names, in the engines' dtype.
+            tensors: the whole model under its Hugging Face names, in the engines' dtype.
             version: the trainer's step.
 
         Returns:
             Seconds it took.
 
         Raises:
+            TransferError: they have not arrived everywhere; a push of all tensors may be tried again.
             EngineError: no room for the weights, or an engine failed (see `Engine.update_weights`).
         """
         ...
@@ -35,14 +45,74 @@ class WeightSync(Protocol):
         ...
 
 
-def open_sync(section: RolloutSection, engine: Engine, folder: Path) -> WeightSync:
+class TakesWeights(Engine, Protocol):
+    """An engine that takes them in either way (`Fleet`)."""
+
+    def pass_weights(self, send: Callable[[list[Member]], None], version: int) -> None:
+        """See `Fleet.pass_weights`."""
+        ...
+
+
+def open_sync(section: RolloutSection, engine: TakesWeights, folder: Path) -> WeightSync:
     """The transport of a run.
 
     Args:
         section: the run file's [rollout].
         engine: what takes the weights.
         folder: of the run, on a file system that all engines see where these are on other machines.
+
+    Raises:
+        ConfigError: the trainer and an engine would have one GPU in one NCCL group.
     """
-    if section.transport == "disk" or not section.on_this_machine:
+    transport = section.transport_on(torch.cuda.is_available())
+    if transport == "disk":
         return DiskSync(engine, folder)
-    return SharedMemorySync(engine, fallback=folder)
+    if transport == "shared_memory":
+        return SharedMemorySync(engine, fallback=folder)
+    if transport == "nccl" and not section.beside_trainer:
+        raise ConfigError(
+            'rollout.transport = "nccl" needs engines with GPUs of their own: give them some by rollout.first_gpu or '
+            'rollout.addresses, or choose "ipc" or "shared_memory"'
+        )
+    from megatron_r1.weight_sync.direct import DirectSync  # imports vLLM into the trainer: seconds, and only for this
+
+    return DirectSync(engine, transport, section)
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What each push will be."""
+
+    tensors: int
+    bytes: int
+    transport: str
+    tried: str
+    """The tensor that was sent before the first push."""
+    tried_bytes: int
+    tried_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a push, if each byte takes as long as those that were tried. A small tensor makes this too much."""
+        return self.tried_seconds * max(1.0, self.bytes / self.tried_bytes)
+
+    def __str__(self) -> str:
+        return (
+            f"weights reach the engines by {self.transport}: {self.tensors:,} tensors, {self.bytes / MIB:,.1f} MiB a "
+            f"push, at most about {self.seconds:.2g} s ({self.tried}, {self.tried_bytes / MIB:,.2f} MiB, took "
+            f"{self.tried_seconds:.2g} s)"
+        )
+
+
+def preflight(sync: WeightSync, tensors: NamedTensors) -> PushPlan:
+    """Send the first tensor alone, twice: the first time makes connections, the second is timed.
+
+    Engines have no usable weights afterwards, until the next push.
+
+    Raises:
+        EngineError: as `WeightSync.push`.
+    """
+    sync.push(tensors.first(), PREFLIGHT)
+    one = tensors.first()
+    seconds = sync.push(one, PREFLIGHT)
+    return PushPlan(len(tensors.specs), tensors.nbytes, sync.transport, next(iter(one.specs)), one.nbytes, seconds)

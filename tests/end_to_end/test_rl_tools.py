@@ -37,7 +37,7 @@ def test_the_example_learns_from_conversations(tmp_path: Path, ahead: bool) -> N
     assert all(step["tool_calls"] > 0.2 for step in steps), "a reply to every fifth response at least"
     assert all(step["grad_norm"] > 1e-4 for step in steps)
     assert max(step.get("logprob_difference_max", 0.0) for step in steps) < 1e-4
-    assert checkpoint(output, 1)()
+    assert checkpoint(output, len(steps))()
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     trained = [response for row in samples if row["tag"] == "train" for response in row["responses"]]
     for response in trained:

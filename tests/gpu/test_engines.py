@@ -1,11 +1,12 @@
 """vLLM on the GPU beside the trainer: the same log-probabilities, new weights in place, asleep and awake again.
 
-A transport of weights is one entry of `TRANSPORTS`.
+A transport of weights is one entry of `TRANSPORTS`; NCCL needs a second GPU, and an engine of its own there.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -18,11 +19,14 @@ from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.train.batch import Trajectory, split
 from megatron_r1.train.policy import Policy
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+from megatron_r1.weight_sync.transport import WeightSync, preflight
 from tests.gpu.small import (
     EVERY,
     LENGTH,
     ON_GPU,
+    REHEARSAL,
     losses,
     needs_engine,
     needs_fused,
@@ -35,12 +39,29 @@ from tests.gpu.small import (
 from tests.rollout.tiny_model import decode, free_port
 
 pytestmark = [needs_fused, needs_engine]
-TRANSPORTS = {"shared_memory": lambda fleet, folder: SharedMemorySync(fleet, folder / "sync")}
-"""Name -> what makes an object with `push(named_tensors, version)`."""
+TRANSPORTS: dict[str, Callable[[Fleet, Path], WeightSync]] = {
+    "shared_memory": lambda fleet, folder: SharedMemorySync(fleet, folder / "sync"),
+    "ipc": lambda fleet, folder: direct(fleet, "ipc"),
+}
+"""Name -> how weights get into an engine on the trainer's GPU."""
+TWO_GPUS = torch.cuda.device_count() > 1
 GATE = 0.02
 """Largest mean difference of a token's log-probability between trainer and engine in bfloat16, nats."""
 ARGUMENTS = ["--gpu-memory-utilization=0.3", "--enforce-eager", "--enable-sleep-mode"] if ON_GPU else []
+ARGUMENTS += ["--worker-extension-cls=tests.rollout.on_cpu_worker.Receiver"] if REHEARSAL else []
 Record = Callable[[str, object], None]
+
+
+def direct(fleet: Fleet, transport: Literal["nccl", "ipc"]) -> WeightSync:
+    """Imports vLLM only where it is needed; on a CPU the stand-ins of the CPU tests take part."""
+    from megatron_r1.rollout import sender
+    from megatron_r1.weight_sync.direct import DirectSync
+    from tests.rollout import on_cpu
+
+    if REHEARSAL:
+        on_cpu.install(setattr)
+        sender.torch = on_cpu.Torch()
+    return DirectSync(fleet, transport, fleet.section)
 
 
 @dataclass
@@ -73,7 +94,7 @@ def both(v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     prompts = texts(vocabulary(v3), 8, 16).tolist()
     rollout = RolloutSection(
         port=free_port(), max_model_len=LENGTH, max_tokens=LENGTH // 2, max_num_seqs=64, kv_cache_gib=0.1,
-        arguments=ARGUMENTS,
+        transport="ipc", arguments=ARGUMENTS,
     )  # fmt: skip
     policy = Policy(model, OptimSection(lr=1e-3), 20)
     with Fleet(rollout, root / "hf", root, "bfloat16", decode) as fleet:
@@ -92,10 +113,34 @@ def test_new_weights_arrive(both: Both, v3: Path, transport: str, record_propert
     losses(both.policy, v3, 10)
     far = both.difference()
     sync = TRANSPORTS[transport](both.fleet, both.folder)
-    seconds = sync.push(both.model.export(torch.bfloat16), both.fleet.version + 1)
+    seconds = pushed(both, sync)
     near = both.difference()
+    sync.close()
     record_property(f"mean difference before and after, {transport}, nats", (far, near))
     record_property(f"seconds of a push, {transport}", seconds)
+    assert near < GATE < far
+
+
+def pushed(both: Both, sync: WeightSync) -> float:
+    """Seconds, after one tensor ahead."""
+    export = both.model.export(torch.bfloat16)
+    preflight(sync, NamedTensors(iter(export), export.specs()))
+    return sync.push(NamedTensors(iter(export), export.specs()), both.fleet.version + 1)
+
+
+@pytest.mark.skipif(not TWO_GPUS, reason="there are no two CUDA devices: NCCL has one rank on each")
+def test_new_weights_arrive_over_nccl(both: Both, v3: Path, record_property: Record) -> None:
+    """At an engine on the second GPU."""
+    section = both.fleet.section.model_copy(update={"port": free_port(), "first_gpu": 1, "transport": "nccl"})
+    with Fleet(section, both.folder / "hf", both.folder / "second", "bfloat16", decode) as fleet:
+        other = replace(both, fleet=fleet)
+        losses(both.policy, v3, 10)
+        far, sync = other.difference(), direct(fleet, "nccl")
+        seconds = pushed(other, sync)
+        near = other.difference()
+        sync.close()
+    record_property("mean difference before and after, nccl, nats", (far, near))
+    record_property("seconds of a push, nccl", seconds)
     assert near < GATE < far
 
 

@@ -47,6 +47,10 @@ def test_checkpoint_has_the_released_layout(exported: Path, built: BuiltModel) -
 def test_untrained_mtp_layer_passes_through(exported: Path) -> None:
     policy = build_model(section(exported, load_weights=True, mtp_loss_coef=0.0), 128)
     assert policy.module.config.mtp_num_layers is None
+    export = policy.export(torch.float32)
+    assert [(name, spec.dtype, spec.shape) for name, spec in export.specs().items()] == [
+        (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in export
+    ]
     before, after = load_file(exported / "model.safetensors"), dict(policy.export(torch.float32))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -67,6 +67,7 @@ class Engine:
         self.hung = threading.Event()
         self.cut = threading.Event()
         """All responses end where they are."""
+        self.asleep = False
 
     def take_fault(self) -> dict[str, Any]:
         """The fault of this request."""
@@ -104,6 +105,13 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(600)
         if not self.allowed():
             return
+        if path in ("/sleep", "/wake_up"):
+            self.engine.asleep = path == "/sleep"
+            with self.engine.asked.with_suffix(".slept").open("a") as file:
+                file.write(f"{path}\n")
+        elif self.engine.asleep:
+            self.answer(500, {"error": "asleep"})
+            return
         if path == "/megatron_r1/sample":
             self.sample(body)
             return
@@ -113,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             self.engine.cut.clear()
         if path == "/update_weights":
             self.engine.weights = int(Path(body["update_info"]["path"]).read_text())
+            with self.engine.asked.with_suffix(".loaded").open("a") as file:
+                file.write(f"{self.engine.weights}\n")
         if path == "/finish_weight_update":
             self.engine.version = body["weight_version"]
         if path == "/update_weight_version":
@@ -151,6 +161,11 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "hang":
             self.engine.hung.set()
             time.sleep(600)
+        if kind == "wait":  # until somebody takes the file away
+            here = self.engine.asked.with_suffix(".waits")
+            here.touch()
+            while here.exists():
+                time.sleep(0.01)
         if kind == "malformed":
             self.wfile.write(b'{"prompt": 0, "sam\n')
         if kind == "error":

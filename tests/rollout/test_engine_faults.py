@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,23 @@ class ScriptedFleet(Fleet):
 Open = Callable[..., ScriptedFleet]
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Open]:
+@contextmanager
+def opening(folder: Path) -> Iterator[Open]:
+    """Fleets that end together."""
     with ExitStack() as stack:
 
         def start(engines: int = 2, dispatch: str = "batch", **changes: Any) -> ScriptedFleet:
             changes = {"max_num_seqs": 4, "stall_timeout": 60.0, "max_tokens": 50, **changes}
             port = consecutive_ports(engines)
             section = rollout_section(port, engines=engines, dispatch=dispatch, start_timeout=240.0, **changes)
-            return stack.enter_context(ScriptedFleet(section, tmp_path))
+            return stack.enter_context(ScriptedFleet(section, folder))
 
+        yield start
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    with opening(tmp_path) as start:
         yield start
 
 

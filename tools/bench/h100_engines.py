@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ def push(model: BuiltModel, fleet: Fleet, folder: Path, peaks: Peaks) -> Compari
     return Comparison(name, "GB/s", "one copy to the host", ours, lambda: peaks.to_host)
 
 
-def tensors(model: BuiltModel) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(model: BuiltModel) -> Iterable[tuple[str, torch.Tensor]]:
     """What is pushed."""
     return model.export(torch.bfloat16)
 

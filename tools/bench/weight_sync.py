@@ -29,9 +29,9 @@ from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.parallel import initialize
 from megatron_r1.model.placement import parameter_counts
-from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.fleet import Fleet
-from megatron_r1.weight_sync.transport import WeightSync, open_sync
+from megatron_r1.weight_sync.named_tensors import NamedTensors
+from megatron_r1.weight_sync.transport import TakesWeights, WeightSync, open_sync
 
 DENSE = {"first_k_dense_replace": 1000, "num_nextn_predict_layers": 0, "q_lora_rank": 192, "kv_lora_rank": 128}
 LARGER = {
@@ -78,7 +78,8 @@ class Target:
     def push(self, sync: WeightSync) -> float:
         """One update, seconds."""
         self.version += 1
-        return sync.push(self.model.export(self.dtype), self.version)
+        export = self.model.export(self.dtype)
+        return sync.push(NamedTensors(export, export.specs()), self.version)
 
     @property
     def size(self) -> int:
@@ -125,7 +126,7 @@ def compare(name: str, target: Target, section: RolloutSection) -> list[Comparis
     for transport in TRANSPORTS:
         chosen = section.model_copy(update={"transport": transport})
         for part, engine in (("alone", Reached()), ("push", target.fleet)):
-            sync = open_sync(chosen, cast(Engine, engine), target.folder / f"{transport}_{part}")
+            sync = open_sync(chosen, cast(TakesWeights, engine), target.folder / f"{transport}_{part}")
             title = f"{name} ({count:.1f}M parameters, {bytes_ / 2**20:.1f} MiB), {transport}, {part}"
             limit = 1.5 if (transport, part) == ("shared_memory", "alone") else None
             found.append(Comparison(title, "s", "one copy in memory", partial(target.push, sync), copy(bytes_), limit))

@@ -269,7 +269,7 @@ class RolloutSection(Section):
             return self.transport
         if cuda and self.on_first_rank_gpu:
             return "ipc"
-        if cuda and self.beside_trainer:
+        if cuda and self.beside_trainer and ranks(self.arguments)[2] == 1:  # replicas have engine cores of their own
             return "nccl"
         return "shared_memory" if self.on_this_machine else "disk"
 

@@ -14,6 +14,8 @@ from megatron_r1.report.spans import span
 from megatron_r1.rollout.server import EngineLostError, RemoteServer, Server
 
 HEALTH_SECONDS = 5.0
+KEEPALIVE_SECONDS = 1.0
+"""For which an idle connection is kept. Servers close one after 5 s, just when the next look at their health comes."""
 CONTROL_SECONDS = 60.0
 """Deadline of a control call (pause, resume, cache reset)."""
 POLL_SECONDS = 0.25
@@ -44,7 +46,8 @@ class Client:
         self.server = server
         self.timeout = timeout
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=server.url, timeout=timeout, headers=headers, trust_env=False)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_SECONDS)
+        self._http = httpx.Client(base_url=server.url, timeout=timeout, headers=headers, limits=limits, trust_env=False)
 
     def healthy(self) -> bool:
         """Does the server answer yet?"""

@@ -24,6 +24,7 @@ from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import EngineError
 from megatron_r1.report.spans import lane
+from megatron_r1.rollout.client import KEEPALIVE_SECONDS
 from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.fan_out import TransferError
@@ -110,7 +111,7 @@ class Engines:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_SECONDS)
         self._http = httpx.AsyncClient(limits=limits, trust_env=False)
         self._thread.start()
 

@@ -1,7 +1,6 @@
 """What the collector notes of the fleet and of the weights' way into it."""
 
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +11,8 @@ from megatron_r1.config.sections import ParallelSection
 from megatron_r1.model.parallel import initialize
 from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.train.collector import Collector
+from megatron_r1.weight_sync.block_fp8 import BlockFp8
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def collector() -> Collector:
     initialize(ParallelSection(), seed=1)
     made = Collector(*cast(Any, [None] * 4))
     figures = {"engines_ready": 2.0, "engine-0/queue": 3.0, "engine-11/weights": 4.0}
+    made._stored, made._tried = BlockFp8({}), True
     made._fleet = cast(Any, SimpleNamespace(updated=0.0, figures=lambda: figures, idle=lambda: 0.25))
     return made
 
@@ -29,7 +31,7 @@ class Sync:
     def __init__(self, fleet: Any, streams: bool) -> None:
         self._fleet, self._streams = fleet, streams
 
-    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    def push(self, tensors: NamedTensors, version: int) -> None:
         if self._streams:
             self._fleet.updated = time.monotonic()
         assert [name for name, _ in tensors] == ["a", "b"]
@@ -41,7 +43,7 @@ class Sync:
 def test_gathering_and_writing_are_told_apart(collector: Collector, streams: bool, parts: list[str]) -> None:
     collector._sync = cast(Any, Sync(collector._fleet, streams))
     SPANS.take()
-    collector._push(iter([("a", torch.ones(1)), ("b", torch.ones(1))]), 3)
+    collector._push(NamedTensors.of({"a": torch.ones(1), "b": torch.ones(1)}), 3)
     spans = SPANS.take()
     assert [(one.lane, one.name) for one in spans] == [(SYNC, part) for part in parts]
     assert all(one.seconds >= 0 for one in spans)

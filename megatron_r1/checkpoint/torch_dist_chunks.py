@@ -65,6 +65,8 @@ class ChunkReader:
 
     def __init__(self) -> None:
         self._entries: dict[Chunk, Entry | None] = {}
+        self._whole: tuple[Chunk, torch.Tensor] | None = None
+        """The last one that could not be read by rows: all stripes of it come in a row."""
 
     def read(self, chunk: Chunk, box: Box) -> torch.Tensor:
         """What a chunk holds of a box inside it: at most the rows that hold it are read. [box]
@@ -78,7 +80,10 @@ class ChunkReader:
                 self._entries[chunk] = _entry(chunk)
             entry = self._entries[chunk]
             if entry is None:  # not in their natural order
-                return _loaded(chunk, "cpu")[index]
+                whole = self._whole
+                if whole is None or whole[0] != chunk:
+                    self._whole = whole = chunk, _loaded(chunk, "cpu")
+                return whole[1][index]
             axis = next((axis for axis, size in enumerate(chunk.shape) if size != 1), None)
             if axis is None:
                 return read(entry).view(chunk.shape)[index]
@@ -91,6 +96,8 @@ def _told(chunk: Chunk) -> Iterator[None]:
     """Whatever a file that is damaged makes of reading it, as a `DataError`."""
     try:
         yield
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"cannot read {chunk.file}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

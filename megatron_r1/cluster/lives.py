@@ -6,6 +6,7 @@ and each other part ends what it runs and starts for the new life. A part that h
 `engine-<i>.lost-<rank>`. Files are written aside and renamed.
 """
 
+import errno
 import json
 import socket
 from contextlib import ExitStack
@@ -48,20 +49,21 @@ class Lives:
     def __init__(self, folder: Path, place: int) -> None:
         self._file = folder / f"engine-{place}.life"
         self._folder, self._place = folder, place
+        self._number = 0
+        """Of the last life that this process has begun."""
 
     def begin(self, address: str) -> Life:
         """The head's next, with ports that are free at its address."""
         before = self.current()
-        life = Life(before.number + 1 if before else 1, address, *free_ports(address, 2))
+        self._number = max(self._number, before.number if before else 0) + 1
+        life = Life(self._number, address, *free_ports(address, 2))
         _write(self._file, json.dumps(asdict(life)))
         return life
 
     def current(self) -> Life | None:
         """None before the first."""
-        try:
-            return Life(**json.loads(self._file.read_text()))
-        except FileNotFoundError:
-            return None
+        text = _read(self._file)
+        return None if text is None else Life(**json.loads(text))
 
     def lose(self, life: Life, rank: int) -> None:
         """Say that a part of it has died."""
@@ -70,7 +72,7 @@ class Lives:
     def lost(self, life: Life, nodes: int) -> int | None:
         """The first part that has died in this life."""
         for rank in range(1, nodes):
-            if self._lost(rank).exists() and self._lost(rank).read_text() == str(life.number):
+            if _read(self._lost(rank)) == str(life.number):
                 return rank
         return None
 
@@ -86,6 +88,16 @@ def free_ports(address: str, count: int) -> list[int]:
         for probe in probes:
             probe.bind((address, 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def _read(file: Path) -> str | None:
+    """None where there is none, or another node has just replaced it (NFS)."""
+    try:
+        return file.read_text()
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ESTALE}:
+            return None
+        raise
 
 
 def _write(file: Path, text: str) -> None:

@@ -83,7 +83,7 @@ class CorrectionSection(Section):
 
     kind: Literal["none", "token", "sequence"] = "none"
     """Ratios of single tokens, or of whole responses (the product). Default: `token` with `rollout.max_staleness`
-    above 0, else `none`."""
+    above 0 or `late = "keep"`, else `none`."""
     outside: Literal["cap", "drop"] = "cap"
     """What becomes of a ratio out of bounds: `cap` brings it down to `cap`; `drop` leaves the token (or the response)
     out of the gradient."""

@@ -212,7 +212,8 @@ class RLConfig(Section):
     def _corrected_by_default(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """Samples of older weights are weighted by importance unless the run file says how, or not."""
         rollout, correction = tree.get("rollout"), tree.get("correction", {})
-        if isinstance(rollout, dict) and rollout.get("max_staleness") and isinstance(correction, dict):
+        stale = isinstance(rollout, dict) and (rollout.get("max_staleness") or rollout.get("late") == "keep")
+        if stale and isinstance(correction, dict):
             return {**tree, "correction": {"kind": "token", **correction}}
         return tree
 

@@ -263,14 +263,11 @@ class RolloutSection(Section):
         """Whether no engine has a GPU that the trainer has, as far as a run file tells."""
         return bool(self.addresses or self.first_gpu)
 
-    def transport_on(self, cuda: bool) -> Literal["nccl", "ipc", "shared_memory", "disk"]:
-        """What `transport` is on a machine with CUDA or without."""
+    @property
+    def chosen_transport(self) -> Literal["nccl", "ipc", "shared_memory", "disk"]:
+        """`transport`, or what auto chooses: nothing that has never run on a GPU."""
         if self.transport != "auto":
             return self.transport
-        if cuda and self.on_first_rank_gpu:
-            return "ipc"
-        if cuda and self.beside_trainer and ranks(self.arguments)[2] == 1:  # replicas have engine cores of their own
-            return "nccl"
         return "shared_memory" if self.on_this_machine else "disk"
 
     @model_validator(mode="after")
@@ -281,6 +278,8 @@ class RolloutSection(Section):
             )
         if self.transport == "shared_memory" and not self.on_this_machine:
             raise ValueError('transport = "shared_memory" does not reach addresses on other machines: "disk" does')
+        if self.transport == "nccl" and ranks(self.arguments)[2] > 1:
+            raise ValueError('transport = "nccl" knows no data-parallel replicas: choose "disk"')
         if self.sleep and self.addresses:
             raise ValueError("sleep is for engines that the run starts beside itself: leave out addresses")
         if self.transport == "ipc" and not self.on_first_rank_gpu:

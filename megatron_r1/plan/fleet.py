@@ -85,13 +85,13 @@ def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts
 
 
 def _sync(section: RolloutSection, gpus: int, counts: Counts, hardware: Hardware) -> Transfer:
-    """By the run's transport (weight_sync/transport.py); engines of several nodes are at addresses."""
-    transport, here = section.transport_on(cuda=True), section.on_this_machine and gpus <= hardware.gpus_per_node
-    if transport == "nccl" or (section.transport == "auto" and not here):
+    """By the run's transport; engines of several nodes will be at addresses."""
+    transport, here = section.chosen_transport, section.on_this_machine and gpus <= hardware.gpus_per_node
+    if transport == "nccl":
         return weight_sync(counts.main, SENT, hardware)
     if transport == "ipc":
         return within_gpu(counts.main, SENT, hardware)
-    return weights_file(counts.main, gpus, transport == "shared_memory", hardware)
+    return weights_file(counts.main, gpus, transport == "shared_memory" and here, hardware)
 
 
 def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, hardware: Hardware) -> FleetPlan:

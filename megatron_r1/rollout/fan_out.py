@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol, TypeVar
 
 from megatron_r1.errors import EngineError
+from megatron_r1.report.spans import lane
 from megatron_r1.rollout.client import Client
 
 R = TypeVar("R")
@@ -118,11 +119,16 @@ class FanOut:
         Raises:
             TransferError: it failed with one.
         """
+
+        def noted(recipient: Recipient, ranks: range) -> object:
+            with lane(recipient.name):
+                return act(recipient, ranks)
+
         self.together = together
         self.waiting = {recipient.name for recipient in self.recipients}
         with ThreadPoolExecutor(len(self.recipients)) as threads:
             asked = {
-                threads.submit(act, recipient, ranks): recipient.name
+                threads.submit(noted, recipient, ranks): recipient.name
                 for recipient, ranks in zip(self.recipients, self.ranks, strict=True)
             }
             errors: dict[str, EngineError] = {}

@@ -106,8 +106,10 @@ class Flow:
         Raises:
             DataError: the prompt leaves no room for a response.
         """
-        asked = Asked(self, key, prompt, seeds, self._room(prompt), self._sampling, question)
-        for response in had:
+        room = self._room(prompt)
+        asked = Asked(self, key, prompt, seeds, room, self._sampling, question)
+        fit = [one for one in had if one.sample < len(seeds) and len(one.tokens) < room]
+        for response in fit if len(fit) == len(had) else ():  # a run that asks for less begins it anew
             (asked.begun if response.finish_reason == "abort" else asked.there)[response.sample] = response
         self._engines.soon(self._refill.add, _name(key), asked, at_least)
 

@@ -244,7 +244,7 @@ class Refill:
             key, asked, sample = at[response.prompt, response.sample]
             whole = joined(asked.begun.get(sample), response)
             if response.finish_reason == "abort":
-                if whole.tokens and self._has(engine, key):
+                if response.tokens and self._has(engine, key):
                     asked.begun[sample] = whole.model_copy(update={"sample": sample})
                 return
             outcome = self._scheduler.finished(engine, key, sample, len(whole.tokens))

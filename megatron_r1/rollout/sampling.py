@@ -106,6 +106,9 @@ class Sampler:
             display = stack.enter_context(_Display(total))
             for number, batch in enumerate(batches):
                 asked = [asdict(question) for question in batch]
+                for question in asked:
+                    if question["tools"] is None:  # as before there were any, whose journals are still good
+                        del question["tools"]
                 key = digest(self._settings, rewards, samples, self._config.seed, number, asked)
                 if key not in self._file:
                     if judge is None:

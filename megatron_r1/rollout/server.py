@@ -164,7 +164,7 @@ def engine_server(section: RolloutSection, index: int, model: Path, dtype: str, 
     command = arguments(section, model, dtype, port, on_cpu)
     key = "rollout.port (engine i listens at port + i)"
     environment = variables(section, model, on_cpu) | devices(section, index) | {TOKEN_VARIABLE: token}
-    if section.transport_on(cuda=not on_cpu) == "ipc":
+    if section.transport == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
             "1"  # handles of CUDA IPC are pickled, for those with the token
         )

@@ -25,11 +25,10 @@ from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
 from megatron_r1.rollout.scoring import scored_groups
-from megatron_r1.rollout.server import WeightsNeededError, read_config
+from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.train.feed import Feed, Service
 from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question, Sample
-from megatron_r1.weight_sync.block_fp8 import BlockFp8
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.transport import open_sync, preflight
 
@@ -159,25 +158,23 @@ class Collector:
             self._fleet = self._stack.enter_context(open_fleet(config, self._tokenizer))
             self._judge.wait_until_ready()
             self._sync = open_sync(config.rollout, self._fleet, config.output / "sync")
-            self._stored = BlockFp8(read_config(config.model.path))
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
 
     def _push(self, tensors: NamedTensors, version: int) -> None:
         """On the first rank; the first time one tensor goes ahead, and what a push will be is said."""
-        stored = self._stored.of(tensors)
         if not self._tried:
-            self._report.message(str(preflight(self._sync, stored)))
+            self._report.message(str(preflight(self._sync, tensors)))
             self._tried = True
         began, gathered = time.monotonic(), math.inf
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal gathered
-            yield from stored
+            yield from tensors
             gathered = time.monotonic()
             SPANS.add(SYNC, "gather", began, gathered)
 
-        self._sync.push(NamedTensors(noted(), stored.specs), version)
+        self._sync.push(NamedTensors(noted(), tensors.specs), version)
         if gathered < self._fleet.updated:  # else tensors go out one by one as they are gathered
             SPANS.add(SYNC, "write", gathered, self._fleet.updated)
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError
 from megatron_r1.rollout.engine import PREFLIGHT, Engine
@@ -64,7 +62,7 @@ def open_sync(section: RolloutSection, engine: TakesWeights, folder: Path) -> We
     Raises:
         ConfigError: the trainer and an engine would have one GPU in one NCCL group.
     """
-    transport = section.transport_on(torch.cuda.is_available())
+    transport = section.chosen_transport
     if transport == "disk":
         return DiskSync(engine, folder)
     if transport == "shared_memory":

@@ -11,7 +11,6 @@ from megatron_r1.config.sections import ParallelSection
 from megatron_r1.model.parallel import initialize
 from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.train.collector import Collector
-from megatron_r1.weight_sync.block_fp8 import BlockFp8
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 
 
@@ -20,7 +19,7 @@ def collector() -> Collector:
     initialize(ParallelSection(), seed=1)
     made = Collector(*cast(Any, [None] * 4))
     figures = {"engines_ready": 2.0, "engine-0/queue": 3.0, "engine-11/weights": 4.0}
-    made._stored, made._tried = BlockFp8({}), True
+    made._tried = True
     made._fleet = cast(Any, SimpleNamespace(updated=0.0, figures=lambda: figures, idle=lambda: 0.25))
     return made
 

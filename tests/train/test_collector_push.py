@@ -22,7 +22,6 @@ from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.train.collector import Collector
 from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question
-from megatron_r1.weight_sync.block_fp8 import BlockFp8
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from tests.train.test_rl_rollouts import config
 
@@ -88,7 +87,7 @@ class Pushing(Collector):
     def __init__(self, run: RLConfig, failures: int = 0) -> None:
         self.said, self.sync = Said(), Failing(failures)
         super().__init__(run, cast(Tokenizer, None), cast(Report, self.said), Interruptions())
-        self._sync, self._stored = self.sync, BlockFp8({})
+        self._sync = self.sync
         self._fleet = cast(Fleet, SimpleNamespace(updated=0.0))
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:

@@ -21,22 +21,24 @@ def section(**settings: Any) -> RolloutSection:
 
 
 @pytest.mark.parametrize(
-    ("settings", "cuda", "cpu"),
+    ("settings", "chosen"),
     [
-        ({}, "ipc", "shared_memory"),
-        ({"engines": 2}, "ipc", "shared_memory"),
-        ({"first_gpu": 0}, "ipc", "shared_memory"),
-        ({"first_gpu": 0, "engines": 2}, "shared_memory", "shared_memory"),
-        ({"arguments": ["-tp", "2"]}, "shared_memory", "shared_memory"),
-        ({"first_gpu": 4, "arguments": ["--tensor-parallel-size=4"]}, "nccl", "shared_memory"),
-        ({"addresses": [HERE]}, "nccl", "shared_memory"),
-        ({"addresses": [HERE, THERE]}, "nccl", "disk"),
-        ({"addresses": [THERE], "transport": "disk"}, "disk", "disk"),
-        ({"transport": "shared_memory"}, "shared_memory", "shared_memory"),
+        ({}, "shared_memory"),
+        ({"first_gpu": 4, "arguments": ["--tensor-parallel-size=4"]}, "shared_memory"),
+        ({"addresses": [HERE]}, "shared_memory"),
+        ({"addresses": [HERE, THERE]}, "disk"),
+        ({"addresses": [HERE], "transport": "disk"}, "disk"),
+        ({"addresses": [THERE], "transport": "nccl"}, "nccl"),
+        ({"transport": "ipc"}, "ipc"),
     ],
 )
-def test_auto(settings: dict[str, Any], cuda: str, cpu: str) -> None:
-    assert (section(**settings).transport_on(cuda=True), section(**settings).transport_on(cuda=False)) == (cuda, cpu)
+def test_auto(settings: dict[str, Any], chosen: str) -> None:
+    assert section(**settings).chosen_transport == chosen
+
+
+def test_nccl_reaches_one_replica_of_an_engine() -> None:
+    with pytest.raises(ValueError, match="no data-parallel replicas"):
+        section(transport="nccl", addresses=[THERE], arguments=["--data-parallel-size=2"])
 
 
 @pytest.mark.parametrize("settings", [{"addresses": [HERE]}, {"first_gpu": 1}, {"arguments": ["-tp=2"]}])

@@ -31,7 +31,9 @@ class Python(Tool):
     def run(self, call: str, question: Question) -> str:
         """What the program prints."""
         limits = self.config.limits
-        [run] = self._open().run(Program("python", call), [""], limits)
+        if self._executor is None:
+            raise EngineError("the sandbox has been closed")
+        [run] = self._executor.run(Program("python", call), [""], limits)
         return _told(run, limits.wall_seconds)
 
     def prepare(self) -> None:
@@ -41,7 +43,8 @@ class Python(Tool):
             ConfigError: a token is missing.
             EngineError: the sandbox does not work here, is out of reach, or does not run Python.
         """
-        [run] = self._open().run(Program("python", "print(6 * 7)"), [""], self.config.limits)
+        self._executor = open_executor(self.config)
+        [run] = self._executor.run(Program("python", "print(6 * 7)"), [""], self.config.limits)
         if run.stdout.strip() != "42":
             raise EngineError(
                 f"sandbox = {self.config.sandbox!r} does not run Python: a program that prints 42 ended as "
@@ -53,11 +56,6 @@ class Python(Tool):
         if self._executor is not None:
             self._executor.close()
             self._executor = None
-
-    def _open(self) -> Executor:
-        if self._executor is None:
-            self._executor = open_executor(self.config)
-        return self._executor
 
 
 def _told(run: Run, seconds: float) -> str:

@@ -92,10 +92,11 @@ def test_groups_are_judged_while_others_are_handed_in() -> None:
 
     groups = [group(answered(f"Austen {number}"), answered(f"Bell {number}")) for number in range(20)]
     with scripted(patient) as server, Judge({"it": section(server.url, retries=50)}) as judge:
+        sitting = judge.sitting()
         for asked in groups:
-            judge.submit(asked)
+            sitting.submit(asked)
         handed_in.set()
-        judge.finish()
+        sitting.finish()
     assert parts(groups) == [[1.0, 0.0]] * 20
 
 

@@ -86,9 +86,10 @@ def test_normalised() -> None:
 def test_many_groups_are_in_flight() -> None:
     groups = [group("<think></think>" + "x" * number, "y" * 3) for number in range(1, 30)]
     with letters() as (url, asked), Judge({"it": {"type": "reward_model", "url": url}}) as judge:
+        sitting = judge.sitting()
         for one in groups:
-            judge.submit(one)
-        judge.finish()
+            sitting.submit(one)
+        sitting.finish()
     assert [one.samples[0].reward for one in groups] == [float(number) for number in range(1, 30)]
     assert len(asked) == 29
 

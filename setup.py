@@ -55,6 +55,7 @@ COMMON = [
     "regex>=2026.9",  # Unicode scripts: what a word is in any language
     "wordfreq~=3.1.1",  # which language a word belongs to, for language consistency
     "rjieba~=0.2.2",  # words of Chinese text, for open-r1's repetition penalty
+    "msgspec>=0.20",  # writes JSON inside vLLM's server; vLLM brings it
     "starlette>=1.0",  # routes inside vLLM's server and of `sandbox serve`; vLLM brings it
     "uvicorn>=0.40",  # serves `sandbox serve`; vLLM brings it
     "setuptools==78.1.1",  # the version that vLLM pins; builds this package without a download

@@ -68,9 +68,14 @@ class Engine:
         self.cut = threading.Event()
         """All responses end where they are."""
         self.asleep = False
+        self.taking = threading.Lock()
 
     def take_fault(self) -> dict[str, Any]:
-        """The fault of this request."""
+        """The fault of this request; requests come side by side."""
+        with self.taking:
+            return self._take_fault()
+
+    def _take_fault(self) -> dict[str, Any]:
         if not self.fault.exists():
             return {}
         fault: dict[str, Any] = json.loads(self.fault.read_text())

@@ -57,7 +57,9 @@ class ScriptedFleet(Fleet):
     def breaks(self, engine: int, kind: str, after: int = 0, **more: Any) -> None:
         """The engine's next request goes wrong; as `then` says, the one after it."""
         fault = {"kind": kind, "after": after, **more}
-        (self.folder / f"{self.section.port + engine}.fault").write_text(json.dumps(fault))
+        whole = self.folder / f"{self.section.port + engine}.fault-aside"
+        whole.write_text(json.dumps(fault))
+        whole.replace(whole.with_suffix(".fault"))
 
     def requests(self, engine: int) -> list[dict[str, Any]]:
         """Every request that an engine has got."""

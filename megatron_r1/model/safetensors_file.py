@@ -154,23 +154,18 @@ class Writer:
         path: where it will stand; a file of that name is overwritten.
         specs: every tensor that it will hold.
         metadata: text by name, for the header.
-        reuse: write over what stands there, whose memory is kept where the file system is one; never remove it.
 
     Raises:
         DataError: the file cannot be created.
     """
 
-    def __init__(
-        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None, reuse: bool = False
-    ) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> None:
         self.path, self._specs = path, dict(specs)
-        header, self._offsets, size = _layout(self._specs, metadata or {})
-        self._reuse = reuse
+        header, self._offsets, size = layout(self._specs, metadata or {})
         self._missing, self._lock = {name: spec.nbytes for name, spec in specs.items()}, threading.Lock()
         self._turn = threading.Lock()  # the kernel lets threads spin while another writes to the file
         try:
-            emptied = 0 if reuse else os.O_TRUNC
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | emptied | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise self._failed(error) from error
         try:
@@ -236,7 +231,7 @@ class Writer:
         try:
             os.close(self._descriptor)
         finally:
-            self._remove()
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -248,12 +243,8 @@ class Writer:
         try:
             self.close()
         except BaseException:
-            self._remove()
-            raise
-
-    def _remove(self) -> None:
-        if not self._reuse:
             self.path.unlink(missing_ok=True)
+            raise
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
@@ -335,7 +326,7 @@ def _check_extent(path: Path, entries: list[Entry], start: int, size: int) -> No
         raise DataError(f"{path} has {size - end} bytes behind its last tensor")
 
 
-def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+def layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """The file's beginning, where each tensor stands, and the file's size in bytes."""
     header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     end = 0

@@ -1,26 +1,19 @@
 """Weights from the trainer into running engines on the same machine, through files in shared memory.
 
 The engines map the file, so its bytes are written once and read in place by all of them. It works for any device;
-between GPUs, NCCL or CUDA IPC saves the way through the host. The file holds a checksum of each tensor as it is in the
-trainer's memory, and an engine refuses what differs.
-
-Two files take turns, so that the one before is whole while the other is written. They have no name: whatever happens to
-the trainer, their memory is free when it is gone. And they are kept: writing to memory that is there takes a third of
-the time of getting it from the system anew.
+between GPUs, NCCL or CUDA IPC saves the way through the host. The file holds a checksum of each tensor, and an engine
+refuses what differs. Two files take turns, so that the one before is whole while the other is written.
 """
 
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterable
+from collections import deque
 from pathlib import Path
-
-import torch
 
 from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.engine import Engine
-from megatron_r1.weight_sync.weights_file import on_host, size, write
+from megatron_r1.weight_sync.mapped_file import MappedFile
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 
 SHARED_MEMORY = Path("/dev/shm")
 _FILES = 2
@@ -41,47 +34,36 @@ class SharedMemorySync:
         self.engine = engine
         self.fallback = fallback
         self.directory = directory
-        self._files: list[int] = []
-        self._room = self._pushes = 0
+        self._files: deque[MappedFile] = deque()
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> float:
+    def push(self, tensors: NamedTensors, version: int) -> float:
         started = time.perf_counter()
-        tensors = on_host(named_tensors)
-        if (needed := size(tensors)) > self._room:
-            self.close()
-            folder = self._folder(needed)
-            self._files, self._room = [_nameless(folder) for _ in range(_FILES)], needed
-        # A path to the open file, for every process of this user on this machine.
-        path = Path(f"/proc/{os.getpid()}/fd/{self._files[self._pushes % _FILES]}")
-        self._pushes += 1
         try:
-            write(path, tensors, version, reuse=True)
-        except DataError as error:
+            if not self._files or self._files[0].specs != tensors.specs:
+                self._open(tensors)
+            self._files.rotate()
+            self._files[0].write(tensors, version)
+        except (DataError, OSError, EngineError) as error:
+            deque(tensors, maxlen=0)  # the other ranks send theirs in any case
+            self.close()
             raise EngineError(f"cannot write the weights for the engines: {error}") from error
-        self.engine.update_weights(path, version)
+        self.engine.update_weights(self._files[0].path, version)
         return time.perf_counter() - started
 
     def close(self) -> None:
         """Free the memory, once the engines are gone."""
-        for file in self._files:
-            os.close(file)
-        self._files, self._room = [], 0
+        while self._files:
+            self._files.pop().close()
 
-    def _folder(self, nbytes: int) -> Path:
-        """The first folder with room for both files and half as much again in reserve."""
+    def _open(self, tensors: NamedTensors) -> None:
+        """In the first folder with room for both files and half as much again in reserve."""
+        self.close()
         self.fallback.mkdir(parents=True, exist_ok=True)
-        needed = 3 * nbytes
         for folder in (self.directory, self.fallback):
-            if folder.is_dir() and shutil.disk_usage(folder).free > needed:
-                return folder
+            if folder.is_dir() and shutil.disk_usage(folder).free > 3 * tensors.nbytes:
+                self._files.extend(MappedFile(folder, tensors.specs) for _ in range(_FILES))
+                return
         raise EngineError(
-            f"the weights ({nbytes / 2**30:.2f} GiB) need three times their size free in {self.directory} or "
+            f"the weights ({tensors.nbytes / 2**30:.2f} GiB) need three times their size free in {self.directory} or "
             f"{self.fallback}"
         )
-
-
-def _nameless(folder: Path) -> int:
-    """An open file that is gone when it is closed, of which other processes of this user may write and read."""
-    descriptor, name = tempfile.mkstemp(prefix="megatron_r1-", dir=folder)
-    Path(name).unlink()
-    return descriptor

@@ -20,20 +20,19 @@ def size(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], version: int, reuse: bool = False) -> None:
+def write(path: Path, tensors: Mapping[str, torch.Tensor], version: int) -> None:
     """Write the file.
 
     Args:
         path: where.
         tensors: under their Hugging Face names.
         version: of the weights.
-        reuse: see `Writer`.
 
     Raises:
         DataError: it cannot be written.
     """
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     sums = json.dumps({name: checksum(tensor) for name, tensor in tensors.items()})
-    with Writer(path, specs, {KEY: sums, VERSION: str(version)}, reuse) as file:
+    with Writer(path, specs, {KEY: sums, VERSION: str(version)}) as file:
         for name, tensor in tensors.items():
             file.put(name, tensor)

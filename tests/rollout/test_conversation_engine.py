@@ -24,6 +24,7 @@ from megatron_r1.rollout.flow import Newer
 from megatron_r1.rollout.tools.base import Tool
 from megatron_r1.rollout.tools.python import Python
 from megatron_r1.types import Question, Sample
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from tests.rollout.calling_model import write_model
 from tests.rollout.test_flow import Told, flowing
@@ -144,13 +145,13 @@ def test_new_weights_while_a_tool_works(
     sync = SharedMemorySync(fleet, tmp_path)
     weights = [load_file(model / "model.safetensors") for model in models]
     first = fleet.version + 1
-    sync.push(weights[0].items(), version=first)
+    sync.push(NamedTensors.of(weights[0]), version=first)
     prompt = tokenizer.encode_prompt(QUESTIONS[0].prompt)
     with dispatching(fleet, "continuous"), flowing(fleet, weights_change) as told:
         seed = calling_seed(told, prompt, first)
         told.flow.submit("waiting", prompt, [seed], first, question=asked("waiting"))
         assert Waiting.called.wait(120)
-        sync.push(weights[1].items(), version=first + 1)
+        sync.push(NamedTensors.of(weights[1]), version=first + 1)
         Waiting.let.set()
         told.until(lambda: "waiting" in told.complete and Newer(first + 1) in told.events)
     fleet._running.weights_change = "in_flight"

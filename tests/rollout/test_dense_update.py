@@ -9,6 +9,7 @@ from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
 from megatron_r1.rollout.fleet import Fleet
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from tests.model.dense_models import write_dense
 from tests.rollout.tiny_model import decode, free_port, rollout_section
@@ -32,7 +33,8 @@ def test_updated_engine_is_bitwise_a_fresh_one(tmp_path: Path) -> None:
     with updated, fresh:
         before = updated.sample(prompts, n=4, seed=6)
         sync = SharedMemorySync(updated, tmp_path)
-        assert sync.push(trained.export(torch.float32), version=1) > 0
+        export = trained.export(torch.float32)
+        assert sync.push(NamedTensors(export, export.specs()), version=1) > 0
         after, expected = (fleet.sample(prompts, n=4, seed=6) for fleet in (updated, fresh))
     answers = [[(sample.tokens, sample.logprobs) for group in groups for sample in group]
                for groups in (before, after, expected)]  # fmt: skip

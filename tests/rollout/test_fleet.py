@@ -18,6 +18,7 @@ from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.engine import SAMPLE_PATH
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.types import Sample
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from tests.processes import command_line
 from tests.rollout.tiny_model import VOCABULARY, decode, free_port, rollout_section
@@ -136,13 +137,13 @@ def test_updated_engine_is_bitwise_a_fresh_one(
     prompts = make_prompts(64, seed=4)
     before = bits(updated.sample(prompts, n=4, seed=6))  # fills the prefix cache with the old weights' keys and values
     sync = SharedMemorySync(updated, tmp_path)
-    assert sync.push(load_file(models[1] / "model.safetensors").items(), version=7) > 0
+    assert sync.push(NamedTensors.of(load_file(models[1] / "model.safetensors")), version=7) > 0
     groups = updated.sample(prompts, n=4, seed=6)
     assert updated.version == 7
     assert {sample.weight_version for group in groups for sample in group} == {7}
     assert bits(groups) == bits(fresh.sample(prompts, n=4, seed=6)) != before
     assert difference(reference, models[1], prompts[:8], groups[:8], 1.0).mean() <= 1e-5
-    sync.push(load_file(models[0] / "model.safetensors").items(), version=8)
+    sync.push(NamedTensors.of(load_file(models[0] / "model.safetensors")), version=8)
     assert bits(updated.sample(prompts, n=4, seed=6)) == before
 
 
@@ -237,7 +238,7 @@ def test_nothing_without_the_token(fleets: tuple[Fleet, Fleet]) -> None:
 def test_killed_engine_core_is_replaced(fleets: tuple[Fleet, Fleet], models: tuple[Path, Path], tmp_path: Path) -> None:
     """With the weights that were pushed last, bit for bit; stands last, and its processes end with the fleet."""
     fleet = fleets[1]
-    SharedMemorySync(fleet, tmp_path).push(load_file(models[0] / "model.safetensors").items(), version=5)
+    SharedMemorySync(fleet, tmp_path).push(NamedTensors.of(load_file(models[0] / "model.safetensors")), version=5)
     prompts = make_prompts(64, seed=3)
     expected = bits(fleet.sample(prompts, n=4, seed=1))
     processes = vllm_processes(fleet)

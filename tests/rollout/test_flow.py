@@ -15,6 +15,7 @@ from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.flow import Complete, Event, Failed, Flow, Newer, Sent
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from tests.rollout.scripted_server import response
 from tests.rollout.test_engine_faults import PROMPTS, Open, expected, opened, push, tokens, wait_for  # noqa: F401
@@ -254,7 +255,7 @@ def test_a_response_is_of_the_old_weights_up_to_a_token_and_of_the_new_from_ther
     fleet = fleets[0]
     sync = SharedMemorySync(fleet, tmp_path)
     weights = [load_file(model / "model.safetensors") for model in models]
-    sync.push(weights[0].items(), version=0)
+    sync.push(NamedTensors.of(weights[0]), version=0)
     fleet.feed("continuous")
     try:
         prompts = {f"data:{number}": prompt for number, prompt in enumerate(make_prompts(1000, seed=5))}
@@ -262,13 +263,13 @@ def test_a_response_is_of_the_old_weights_up_to_a_token_and_of_the_new_from_ther
             for number, (key, prompt) in enumerate(prompts.items()):  # more than can be done before the push
                 told.flow.submit(key, prompt, [10 * number, 10 * number + 1], 0)
             told.until(lambda: bool(told.complete))
-            sync.push(weights[1].items(), version=1)
+            sync.push(NamedTensors.of(weights[1]), version=1)
             told.until(lambda: Newer(1) in told.events)
             before = set(told.complete)
             told.until(lambda: len(told.complete) >= len(before) + 40)
             told.flow.cancel(list(prompts))
     finally:
-        sync.push(weights[0].items(), version=2)
+        sync.push(NamedTensors.of(weights[0]), version=2)
         fleet.feed("batch")
     changed = 0
     after = [key for key in told.complete if key not in before][:40]

@@ -14,6 +14,7 @@ from megatron_r1.errors import EngineError
 from megatron_r1.rollout.checksum import BLOCK, BLOCKS, checksum
 from megatron_r1.rollout.receiver import read, version_of
 from megatron_r1.types import Sample
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 
 
@@ -60,7 +61,7 @@ def test_engine_reads_every_tensor_of_every_push(tmp_path: Path) -> None:
     sync = SharedMemorySync(engine, tmp_path / "fallback", shared)
     pushed = [{name: tensor + factor for name, tensor in weights().items()} for factor in range(5)]
     for version, tensors in enumerate(pushed):
-        sync.push(tensors.items(), version)
+        sync.push(NamedTensors.of(tensors), version)
     assert [version for _, version, _ in engine.updates] == [0, 1, 2, 3, 4]
     assert all(same(read, sent) for (_, _, read), sent in zip(engine.updates, pushed, strict=True))
     paths = [path for path, _, _ in engine.updates]
@@ -77,7 +78,7 @@ def test_a_smaller_model_after_a_larger_one(tmp_path: Path) -> None:
     sync = SharedMemorySync(engine, tmp_path, tmp_path)
     small = {"a.weight": torch.ones(2)}
     for version, tensors in enumerate([weights(), weights(), small]):
-        sync.push(tensors.items(), version)
+        sync.push(NamedTensors.of(tensors), version)
     assert same(engine.updates[2][2], small)
 
 
@@ -85,23 +86,23 @@ def test_a_refused_update_can_be_followed_by_another(tmp_path: Path) -> None:
     engine = ReadingEngine(refuse=True)
     sync = SharedMemorySync(engine, tmp_path / "fallback", tmp_path)
     with pytest.raises(EngineError, match="refused"):
-        sync.push(weights().items(), version=1)
+        sync.push(NamedTensors.of(weights()), version=1)
     engine.refuse = False
-    sync.push(weights().items(), version=2)
+    sync.push(NamedTensors.of(weights()), version=2)
     assert same(engine.updates[0][2], weights())
 
 
 def test_fallback_when_there_is_no_shared_memory(tmp_path: Path) -> None:
     engine = ReadingEngine()
     sync = SharedMemorySync(engine, tmp_path / "fallback", tmp_path / "absent")
-    sync.push(weights().items(), version=1)
+    sync.push(NamedTensors.of(weights()), version=1)
     assert engine.updates[0][0].readlink().is_relative_to(tmp_path / "fallback")
 
 
 def test_no_room_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(EngineError, match="three times their size"):
-        SharedMemorySync(ReadingEngine(), tmp_path, tmp_path).push(weights().items(), version=1)
+        SharedMemorySync(ReadingEngine(), tmp_path, tmp_path).push(NamedTensors.of(weights()), version=1)
 
 
 class ReceivingEngine(ReadingEngine):
@@ -124,7 +125,7 @@ class ReceivingEngine(ReadingEngine):
 
 def test_engine_takes_what_was_sent(tmp_path: Path) -> None:
     engine = ReceivingEngine()
-    SharedMemorySync(engine, tmp_path, tmp_path).push(weights().items(), version=0)
+    SharedMemorySync(engine, tmp_path, tmp_path).push(NamedTensors.of(weights()), version=0)
     assert engine.updates[0][2].keys() == weights().keys()
     assert engine.received == {name: checksum(tensor) for name, tensor in weights().items()}
     assert version_of(str(engine.updates[0][0])) == "0"
@@ -133,7 +134,7 @@ def test_engine_takes_what_was_sent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.weight", "up.weight"])
 def test_engine_refuses_what_changed_on_the_way(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} in .* was sent"):
-        SharedMemorySync(ReceivingEngine(damaged=name), tmp_path, tmp_path).push(weights().items(), version=0)
+        SharedMemorySync(ReceivingEngine(damaged=name), tmp_path, tmp_path).push(NamedTensors.of(weights()), version=0)
 
 
 def test_checksum_sees_content_shape_and_type() -> None:

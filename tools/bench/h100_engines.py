@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.rollout.fleet import Fleet, stop_token_ids
 from megatron_r1.seeds import stream_seed
+from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 
 RUN = Path(__file__).parents[2] / "examples/r1_tiny/r1_zero.toml"
@@ -67,7 +68,7 @@ def comparisons(tiny: bool, peaks: Peaks, port: int, rounds: int) -> list[Compar
 
 def push(model: BuiltModel, fleet: Fleet, folder: Path, peaks: Peaks) -> Comparison:
     """GB/s from the trainer's tensors until the engine answers with them."""
-    sync, size = SharedMemorySync(fleet, folder / "sync"), sum(value.nbytes for _, value in tensors(model))
+    sync, size = SharedMemorySync(fleet, folder / "sync"), tensors(model).nbytes
 
     def ours() -> float:
         return size / 1e9 / sync.push(tensors(model), fleet.version + 1)
@@ -76,9 +77,10 @@ def push(model: BuiltModel, fleet: Fleet, folder: Path, peaks: Peaks) -> Compari
     return Comparison(name, "GB/s", "one copy to the host", ours, lambda: peaks.to_host)
 
 
-def tensors(model: BuiltModel) -> Iterable[tuple[str, torch.Tensor]]:
+def tensors(model: BuiltModel) -> NamedTensors:
     """What is pushed."""
-    return model.export(torch.bfloat16)
+    export = model.export(torch.bfloat16)
+    return NamedTensors(export, export.specs())
 
 
 def rollout(config: RLConfig, fleet: Fleet, bare: BareEngine, tiny: bool) -> Comparison:

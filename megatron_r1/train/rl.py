@@ -18,6 +18,7 @@ from megatron_r1.checkpoint.signals import Stopped
 from megatron_r1.checkpoint.store import Checkpoints
 from megatron_r1.config.load import dump
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.errors import EngineError
 from megatron_r1.model import lora
 from megatron_r1.model.parallel import initialize, is_first_rank
 from megatron_r1.model.placement import parameter_counts
@@ -98,7 +99,7 @@ class _Training:
                 if self._checkpoints.due(self._done, config.steps):
                     self._save()
             final = {f"{name}_final": value for name, value in self._evaluate(collector).items()}
-        except InterruptionError:
+        except (InterruptionError, EngineError):
             self._save_the_rest()
             raise
         with report.phase("export"):
@@ -125,7 +126,7 @@ class _Training:
                     report.add(critic.step(batch))  # V -> R
                 if not (critic and critic.warming(step)):
                     figures |= self._update(step, batch, rollout.groups)  # ascend J
-            collector.push(learner.export(), version=step + 1)  # pi_old <- pi_theta
+            lost = self._push(collector, step + 1)  # pi_old <- pi_theta
             if learner.reference and learner.reference.refresh(step + 1):
                 report.message(f"reference := policy after step {step + 1}")
             report.add(figures | estimated | memory.peak() | collector.fleet_figures())
@@ -134,6 +135,16 @@ class _Training:
             self._carried = _with_mean_difference(self._carried, figures, step) | learner.rollouts.state() | counters
         self._done = step + 1
         report.samples(step, rollout.groups[:1], "train", learner.tokenizer.pieces)
+        if lost:
+            raise lost
+
+    def _push(self, collector: Collector, version: int) -> EngineError | None:
+        """Returns why no engine has the weights: the step that made them is done all the same."""
+        try:
+            collector.push(self._learner.export(), version)
+        except EngineError as error:
+            return error
+        return None
 
     def _compare(self, figures: Figures) -> None:
         """Before the first update, and until there were samples of the learner's own weights."""
@@ -173,7 +184,7 @@ class _Training:
             self._checkpoints.save(done, learner.policy.trainable, learner.weight_sets(), carried)
 
     def _save_the_rest(self) -> None:
-        """InterruptionError in a rollout: save the steps before it that no checkpoint has."""
+        """A signal in a rollout, or engines that are gone: save the steps before it that no checkpoint has."""
         self._checkpoints.due(self._done, self._config.steps)  # the request is met: saving may take its time
         if self._done > self._saved:
             self._save()

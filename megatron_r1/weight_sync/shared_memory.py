@@ -43,8 +43,7 @@ class SharedMemorySync:
                 self._open(tensors)
             self._files.rotate()
             self._files[0].write(tensors, version)
-        except (DataError, OSError, EngineError) as error:
-            deque(tensors, maxlen=0)  # the other ranks send theirs in any case
+        except (DataError, OSError) as error:
             self.close()
             raise EngineError(f"cannot write the weights for the engines: {error}") from error
         self.engine.update_weights(self._files[0].path, version)

@@ -17,7 +17,7 @@ from megatron_r1.checkpoint.signals import SAVED
 from megatron_r1.config.load import validate
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.config.sections import ParallelSection, PolicySection
-from megatron_r1.errors import NumericsError
+from megatron_r1.errors import EngineError, NumericsError
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
@@ -46,9 +46,13 @@ class Answering(Collector):
 
     sent: signal.Signals | None = None
     """Comes in the rollout from the weights after two steps, which then takes very long."""
+    gone: str | None = None
+    """Where no engine is left: "rollout" or "push", with the weights after two steps."""
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         assert list(named_tensors)
+        if self.gone == "push" and version == 2:
+            raise EngineError("all engines are gone")
         self._version = version
 
     def _open(self) -> None:
@@ -58,6 +62,8 @@ class Answering(Collector):
         if self.sent and self._version == 2:
             os.kill(os.getpid(), self.sent)
             time.sleep(60)
+        if self.gone == "rollout" and self._version == 2:
+            raise EngineError("all engines are gone")
         rng = random.Random(seed)
         return [Group(question, [5, 6, 7], [self._sample(rng) for _ in range(n)]) for question in questions]
 
@@ -114,6 +120,7 @@ def run(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
 def answering(monkeypatch: pytest.MonkeyPatch) -> type[Answering]:
     monkeypatch.setattr(rl, "Collector", Answering)
     monkeypatch.setattr(Answering, "sent", None)
+    monkeypatch.setattr(Answering, "gone", None)
     return Answering
 
 
@@ -140,6 +147,24 @@ def test_a_rollout_is_left_at_once_and_the_steps_before_are_saved(
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert again | {name: summary[name] for name in ("model", "seconds_total")} == summary
+
+
+@pytest.mark.parametrize("gone", ["rollout", "push"])
+def test_without_engines_the_steps_before_are_saved(
+    answering: type[Answering], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Where the push fails, the step whose weights were to be pushed is one of them."""
+    run(base, tmp_path / "whole", steps=3)
+    monkeypatch.setattr(answering, "gone", gone)
+    with pytest.raises(EngineError, match="all engines are gone"):
+        run(base, tmp_path / "cut", steps=3)
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step_00000002"]
+    monkeypatch.setattr(answering, "gone", None)
+    run(base, tmp_path / "cut", steps=3)
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    lines = (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
+    assert [row["step"] for row in map(json.loads, lines) if row["kind"] == "step"] == [0, 1, 2]
 
 
 def test_an_update_that_is_not_finite_stops_the_run(answering: type[Answering], base: Path, tmp_path: Path) -> None:

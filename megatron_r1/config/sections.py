@@ -264,6 +264,11 @@ class RolloutSection(Section):
         return bool(self.addresses or self.first_gpu)
 
     @property
+    def shares_gpus(self) -> bool:
+        """Whether engines have GPUs that the trainer has, too, as a run file says by what works only so."""
+        return self.sleep or self.transport == "ipc"
+
+    @property
     def chosen_transport(self) -> Literal["nccl", "ipc", "shared_memory", "disk"]:
         """`transport`, or what auto chooses: nothing that has never run on a GPU."""
         if self.transport != "auto":

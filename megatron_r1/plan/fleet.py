@@ -121,6 +121,22 @@ def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, h
     )
 
 
+def on_trainers_gpus(section: RolloutSection, hardware: Hardware) -> tuple[int, float]:
+    """GPUs that the trainer shares with engines, and bytes that these take of each while they are awake.
+
+    Args:
+        section: the run's [rollout].
+        hardware: where.
+    """
+    if not section.shares_gpus:
+        return 0, 0.0
+    engine = engine_of(section.arguments, section.max_num_seqs)
+    taken = (engine.memory or hardware.engine_memory) * hardware.memory + hardware.context
+    if section.first_gpu is None:  # every engine begins at the first one that it sees
+        return engine.gpus, section.engines * taken
+    return section.engines * engine.gpus, taken
+
+
 def _full(shape: Shape, engine: Engine, counts: Counts, longest: int, hardware: Hardware) -> Finding:
     weights = engine_weights(shape, engine, counts) / GIB
     limit = hardware.memory * (engine.memory or hardware.engine_memory) / GIB

@@ -78,6 +78,12 @@ class Setting:
     """Bytes of 8-bit copies of a matrix's number, beside its weight."""
     engines: bool = False
     """Weights go to engines."""
+    shared_gpus: int = 0
+    """GPUs of the first ranks that engines have, too."""
+    engine: float = 0.0
+    """Bytes that engines take of each of these."""
+    sleeps: bool = False
+    """They give them back while the policy is trained, but for their context."""
     reference: bool = False
     """There is a reference policy, on the host, exchanged with the policy to score."""
     offload: float = 0.0
@@ -153,6 +159,11 @@ class MemoryPlan:
             forward = max(self._once(states, stage), default=0.0)
             peaks["score"] = (fixed + state.weights + 2 * forward + logits + exchange) * lost + groups + context
             host["reference policy"] = float(state.weights)
+        if rank < self._setting.shared_gpus:
+            asleep = self._hardware.context if self._setting.sleeps else self._setting.engine
+            peaks = {phase: peak + asleep for phase, peak in peaks.items()}
+            # New weights come to engines that are awake, beside all that the trainer keeps.
+            peaks["wake"] = fixed * lost + groups + context + self._setting.engine
         if self._setting.asynchronous:
             host["checkpoint"] = float(state.weights + state.optimizer)
         return RankMemory(

@@ -23,7 +23,7 @@ from megatron_r1.model.layout_check import options_of
 from megatron_r1.model.memory import Shape
 from megatron_r1.model.scalar_head import as_classifier
 from megatron_r1.optim.optimizer_rules import OPTIM_RULES
-from megatron_r1.plan.fleet import FleetPlan, plan_fleet, plan_servers
+from megatron_r1.plan.fleet import FleetPlan, on_trainers_gpus, plan_fleet, plan_servers
 from megatron_r1.plan.hardware import H100, Hardware
 from megatron_r1.plan.layouts import Finding, illegal, too_long, uneven, unwise
 from megatron_r1.plan.memory import MemoryPlan, RankMemory, Setting
@@ -88,7 +88,15 @@ class Plan:
     @property
     def all_gpus(self) -> int:
         """With those of the fleet and of reward models."""
-        return self.gpus + (self.fleet.gpus if self.fleet else 0) + self.served_gpus
+        return self.gpus + self.fleet_gpus + self.served_gpus
+
+    @property
+    def fleet_gpus(self) -> int:
+        """That only engines of the fleet have."""
+        if not (self.fleet and isinstance(self.run, RLConfig)):
+            return 0
+        shared, _ = on_trainers_gpus(self.run.rollout, self.hardware)
+        return max(0, shared - self.gpus) if shared else self.fleet.gpus
 
     @property
     def gpu_hours(self) -> float | None:
@@ -115,7 +123,7 @@ def plan(verb: str, run: Run, options: PlanSection, hardware: Hardware = H100, s
     hf, gpus, load = _config_of(run), options.gpus or processes(run.parallel), load_of(run, options)
     shape, counts = Shape.of(hf, run.model), _counts(*_key(hf, run.model))
     precision = Precision.of(run.model.dtype, run.optim)
-    setting, manner = _setting(run, precision), _manner(run, load, precision, hardware)
+    setting, manner = _setting(run, precision, hardware), _manner(run, load, precision, hardware)
     over = Searched(hf, run.model, run.parallel, gpus, load, counts, precision, setting, manner, hardware)
     findings = [*too_long(hf, longest(run)), *illegal(shape, hf, run.parallel, gpus)]
     findings += [*_refused(run, hf), *uneven(run.parallel, gpus, load)]
@@ -220,13 +228,17 @@ def _states(hf: str, section: str, parallel: ParallelSection, gpus: int, precisi
     return States(_shape(hf, section), parallel, gpus, precision)
 
 
-def _setting(run: Run, precision: Precision) -> Setting:
+def _setting(run: Run, precision: Precision, hardware: Hardware) -> Setting:
     fp8 = run.model.fp8
+    shared, engine = on_trainers_gpus(run.rollout, hardware) if isinstance(run, RLConfig) else (0, 0.0)
     return Setting(
         fused=choose(run.model, GPUS).fused,
         # Matrices in rows and in columns; where these are the weights themselves, they are as large as in bfloat16.
         eight=2 if fp8 and not fp8.parameters else 0,
         engines=isinstance(run, RLConfig),
+        shared_gpus=shared,
+        engine=engine,
+        sleeps=isinstance(run, RLConfig) and run.rollout.sleep,
         reference=reference(run),
         asynchronous=run.checkpoint.asynchronous,
         offload=run.optim.offload,

@@ -52,7 +52,7 @@ def headline(made: Plan) -> list[str]:
     extra = f" and {counts.mtp / 1e9:.2f} B in MTP layers" if counts.mtp else ""
     lines = [
         f"{made.verb} of {name}, {counts.main:,} parameters{extra}, on {made.gpus:,} GPUs"
-        + (f" and {made.fleet.gpus:,} of the fleet" if made.fleet else "")
+        + (f" and {made.fleet_gpus:,} of the fleet" if made.fleet else "")
         + f": {made.hardware.name}",
         f"{made.flops_per_token.total / 1e9:.2f} GFLOP a token",
     ]
@@ -78,12 +78,14 @@ def _memory(made: Plan) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for rank in made.memory:
         sizes = [f"{rank.parts[name] / GIB:.1f}" for name in names]
-        peaks = [_peak(rank.peaks[phase], made.hardware.memory) for phase in phases]
+        peaks = [_peak(rank.peaks.get(phase), made.hardware.memory) for phase in phases]
         table.add_row(str(rank.stage), str(rank.rank), str(rank.ranks), span(rank), *sizes, *peaks)
     return table
 
 
-def _peak(size: float, limit: float) -> str:
+def _peak(size: float | None, limit: float) -> str:
+    if size is None:
+        return ""
     return f"[red]{size / GIB:.1f}[/]" if size > limit else f"{size / GIB:.1f}"
 
 

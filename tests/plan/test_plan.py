@@ -23,6 +23,7 @@ PRETRAIN = ROOT / "examples/deepseek_v3/pretrain.toml"
 EXTEND = ROOT / "examples/deepseek_v3/extend_32k.toml"
 """The same in bfloat16."""
 HERE = [f"--model.path={ROOT / 'examples/deepseek_v3/model'}"]
+PIPELINE = ["--parallel.pipeline=2", "--parallel.pipeline_layout=Ett|tL"]
 TINY_RL = f"""
 output = "runs/x"
 steps = 10
@@ -247,3 +248,29 @@ def test_weights_through_a_file_are_on_the_first_nodes_host(capsys: pytest.Captu
     )
     assert shared["host"]["weights for the engines"] == 3 * disk["host"]["weights for the engines"]
     assert disk["rollout"]["sync"]["seconds"] > shared["rollout"]["sync"]["seconds"]
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_engines_on_the_trainers_gpus_wake_beside_its_state(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sleeps: bool
+) -> None:
+    """40 % of the first GPU is theirs: all of it while new weights come, and where they do not sleep always."""
+    small = tmp_path / "run.toml"
+    small.write_text(TINY_RL)
+    theirs = ['--rollout.arguments=["--gpu-memory-utilization=0.4"]']
+    shared = ["--rollout.sleep=true"] if sleeps else ["--rollout.transport=ipc"]
+    found, apart = (planned(capsys, more, run_file=small, gpus=2) for more in ([*theirs, *shared], theirs))
+    assert (found["gpus"], apart["gpus"]) == (2, 3)
+    (first, *others), without = found["memory"], apart["memory"][0]["peaks"]
+    assert [rank["peaks"].get("wake") for rank in others] == [None] * len(others)
+    parts, context = first["parts"], H100.context
+    fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "buffers"))
+    taken = 0.4 * H100.memory + context
+    kept = fixed * (1 + H100.lost) + parts["communication"] + context
+    assert first["peaks"].pop("wake") == pytest.approx(kept + taken)
+    more = context if sleeps else taken
+    assert first["peaks"] == pytest.approx({phase: peak + more for phase, peak in without.items()})
+    run(PlanConfig(run_file=small, gpus=2), [*theirs, *shared, *PIPELINE], as_json=False)
+    text = capsys.readouterr().out
+    assert "at wake" in text
+    assert "on 2 GPUs and 0 of the fleet" in text

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from megatron_r1.config.asynchrony import WeightsChange
+from megatron_r1.errors import EngineError
 from megatron_r1.rollout.engine import Decode, Sampling
 from megatron_r1.rollout.engines import Engines
 from megatron_r1.rollout.refill import Asked, Refill
 from megatron_r1.rollout.responses import Response, to_sample
+from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.types import Question, Sample
 
 
@@ -41,13 +43,18 @@ class Newer:
 
 
 @dataclass(frozen=True)
+class Weightless:
+    """No engine has weights, so nothing more will be complete before the next push."""
+
+
+@dataclass(frozen=True)
 class Failed:
     """Nothing more will be complete."""
 
     error: Exception
 
 
-Event = Sent | Complete | Newer | Failed
+Event = Sent | Complete | Newer | Weightless | Failed
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class _There:
 
     key: str
     responses: list[Response]
+
+
+_Said = Sent | _There | Newer | Weightless | Failed
 
 
 class Flow:
@@ -81,7 +91,7 @@ class Flow:
     ) -> None:
         self._engines, self._refill, self._room = engines, refill, room
         self._sampling, self._decode = sampling, decode
-        self._events: SimpleQueue[Sent | _There | Newer | Failed | None] = SimpleQueue()
+        self._events: SimpleQueue[_Said | None] = SimpleQueue()
         self._watching = engines.start(self._open(weights_change))
 
     def submit(
@@ -121,6 +131,10 @@ class Flow:
         """What there is of groups that are not complete: whole samples, and those that were cut as far as they are."""
         return self._engines.start(self._had()).result()
 
+    def hopeless(self) -> EngineError | None:
+        """Why nobody is there to answer at this moment; `WeightsNeededError` until the next push."""
+        return self._engines.start(self._hopeless()).result()
+
     def events(self) -> list[Event]:
         """What has happened since the last call, at least one thing; nothing once the flow is closed."""
         found = [self._events.get()]
@@ -157,11 +171,19 @@ class Flow:
         self._refill.newer.append(newer)
         self._engines.weights_change = weights_change
         try:
-            self.fail(await self._refill.hopeless())
+            error = await self._refill.hopeless()
+            while isinstance(error, WeightsNeededError):
+                known = self._refill.lives
+                self._events.put(Weightless())
+                error = await self._refill.hopeless(known)
+            self.fail(error)
         finally:
             self._refill.newer.remove(newer)
 
-    def _read(self, event: "Sent | _There | Newer | Failed") -> Event:
+    async def _hopeless(self) -> EngineError | None:
+        return self._refill.why_hopeless()
+
+    def _read(self, event: _Said) -> Event:
         if isinstance(event, _There):
             return Complete(event.key, [to_sample(response, self._decode) for response in event.responses])
         return event

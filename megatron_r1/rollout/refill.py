@@ -179,13 +179,32 @@ class Refill:
                 asked.request.cancel()
         self._send()  # others get their places
 
-    async def hopeless(self) -> EngineError:
-        """Wait until all engines are given up, or wait themselves for weights; returns why."""
+    async def hopeless(self, known: Sequence[int] = ()) -> EngineError:
+        """Wait until nobody is left to answer; returns why, as `why_hopeless`.
+
+        `known`: what `lives` was when it was told before that engines wait for weights, which is not told again.
+        """
+
+        def news() -> bool:
+            why = self.why_hopeless()
+            return why is not None and not (isinstance(why, WeightsNeededError) and self.lives == known)
+
+        await self.engines.until(news)
+        return self.why_hopeless() or EngineError("all engines are gone")
+
+    def why_hopeless(self) -> EngineError | None:
+        """All engines are given up, or wait themselves for weights: `WeightsNeededError`. On the loop."""
         members = self.engines.members
-        await self.engines.until(lambda: all(member.gone or member.waiting for member in members))
+        if not all(member.gone or member.waiting for member in members):
+            return None
         if any(member.waiting for member in members):
             return WeightsNeededError("no engine is left that has weights")
-        return self.engines.members[-1].error or EngineError("all engines are gone")
+        return members[-1].error or EngineError("all engines are gone")
+
+    @property
+    def lives(self) -> list[int]:
+        """Starts and returns of each engine so far: one that waits for weights again has another number."""
+        return [member.life for member in self.engines.members]
 
     def joined(self, member: Member) -> None:
         """See `Watcher`, as for the next two."""

@@ -113,10 +113,11 @@ class Ahead:
     def sample(self, collector: Collector, step: int) -> Rollout:
         """The groups of a step and their rewards, as soon as the rule has them."""
         here: list[Taken] = []
+        tick = time.perf_counter()
 
         def take() -> tuple[list[str], list[tuple[list[int], list[Sample]]], Figures, Figures]:
             feed = self._feed = self._feed or self._open(collector, step)
-            tick, taken = time.perf_counter(), None
+            taken = None
             while taken is None:
                 with collector.interruptible():
                     feed.wait()

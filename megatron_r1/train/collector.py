@@ -88,9 +88,13 @@ class Collector:
         Raises:
             InterruptionError: a signal has asked the run to end.
         """
+        return self._with_weights(lambda: self._scored(questions, n, seed, temperature))
+
+    def _with_weights(self, work: Callable[[], T]) -> T:
+        """What it returns; engines that have come back empty are filled, and it is called again."""
         while True:
             try:
-                return self._scored(questions, n, seed, temperature)
+                return work()
             except WeightsNeededError as error:  # the policy is as it was when these were pushed
                 self._report.message(f"weights {self._version} are sent again: {error}")
                 self.push(self._export, self._version)
@@ -116,9 +120,13 @@ class Collector:
             from_first_rank(self._fleet.sleep)
 
     def at_first_rank(self, produce: Callable[[], T]) -> T:
-        """What it returns, on all ranks; counts as rollout."""
-        with self._report.phase("rollout"):
-            return from_first_rank(produce)
+        """What it returns, on all ranks; counts as rollout. Called again where engines had to get weights first."""
+
+        def produced() -> T:
+            with self._report.phase("rollout"):
+                return from_first_rank(produce)
+
+        return self._with_weights(produced)
 
     def interruptible(self) -> AbstractContextManager[None]:
         """On the first rank: a wait that a signal ends at once, with `InterruptionError`."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from megatron_r1.errors import EngineError
 from megatron_r1.report.rollout_figures import uniform
 from megatron_r1.rollout.admission import Admission
-from megatron_r1.rollout.flow import Complete, Event, Failed, Newer, Sent
+from megatron_r1.rollout.flow import Complete, Event, Failed, Newer, Sent, Weightless
 from megatron_r1.rollout.responses import Response
 from megatron_r1.train import kept_groups
 from megatron_r1.types import Group, Question
@@ -34,6 +35,8 @@ class Asker(Protocol):
     ) -> None: ...
 
     def had(self) -> dict[str, list[Response]]: ...
+
+    def hopeless(self) -> EngineError | None: ...
 
     def cancel(self, keys: Sequence[str]) -> None: ...
 
@@ -108,6 +111,8 @@ class Feed:
         self._replaced: list[Group] = []
         self._replacements = 0
         """For the next step."""
+        self._weightless = False
+        """Whether engines have said that they wait for weights, which may have come since."""
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
         again = self._restore(begun) if begun else {}
@@ -129,12 +134,15 @@ class Feed:
         """Until there are groups for the next step.
 
         Raises:
+            WeightsNeededError: it needs a push first; may be called again after it.
             Exception: whatever has ended the thread.
         """
         with self._changed:
             while not self._admission.ready:
                 if self._error:
                     raise self._error
+                if self._weightless and (error := self._service.asker.hopeless()):
+                    raise error
                 self._changed.wait()
 
     def take(self) -> Taken | None:
@@ -198,8 +206,12 @@ class Feed:
                     case Complete(key, samples) if key in self._begun:
                         self._begun[key].samples = samples
                         arrived[key] = self._begun[key]
-                    case Newer(version) if version > self._admission.version:
-                        self._admission.published(version)
+                    case Newer(version):
+                        self._weightless = False
+                        if version > self._admission.version:
+                            self._admission.published(version)
+                    case Weightless():
+                        self._weightless = True
                     case Failed(error):
                         raise error
             self._fill()

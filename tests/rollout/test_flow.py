@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 
 from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.errors import DataError, EngineError
+from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
-from megatron_r1.rollout.flow import Complete, Event, Failed, Flow, Newer, Sent
+from megatron_r1.rollout.flow import Complete, Event, Failed, Flow, Newer, Sent, Weightless
+from megatron_r1.rollout.member import Member
+from megatron_r1.rollout.server import EngineLostError, WeightsNeededError
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.named_tensors import NamedTensors
@@ -20,6 +23,7 @@ from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from tests.rollout.scripted_server import response
 from tests.rollout.test_engine_faults import PROMPTS, Open, expected, opened, push, tokens, wait_for  # noqa: F401
 from tests.rollout.test_fleet import make_prompts
+from tests.rollout.test_passed_weights import send
 
 N = 3
 
@@ -233,6 +237,44 @@ def test_without_engines_it_fails(opened: Open) -> None:  # noqa: F811
         told.until(lambda: any(isinstance(event, Failed) for event in told.events))
     [error] = [event.error for event in told.events if isinstance(event, Failed)]
     assert isinstance(error, EngineError)
+
+
+def test_without_weights_it_says_so_and_goes_on_with_the_next(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    """The only engine dies twice, and nobody has kept its weights: each time it is told once, and nothing is lost."""
+    fleet = opened(engines=1, dispatch="continuous")
+    fleet.pass_weights(lambda members: send(members, tmp_path, 3), 3)
+    with flowing(fleet) as told:
+        for round_ in range(2):
+            assert told.flow.hopeless() is None
+            fleet.breaks(0, "die", after=1)
+            submit(told.flow, 2 * round_, 2 * round_ + 1, at_least=3)
+            told.until(lambda round_=round_: told.events.count(Weightless()) == round_ + 1)  # type: ignore[misc]
+            assert isinstance(told.flow.hopeless(), WeightsNeededError)
+            fleet.pass_weights(lambda members: send(members, tmp_path, 3), 3)
+            told.until(lambda round_=round_: len(told.complete) == 2 * round_ + 2)  # type: ignore[misc]
+    for number in range(4):
+        assert [one.tokens for one in told.complete[f"data:{number}"]] == [
+            response(seed, 3, 50)["tokens"] for seed in seeds(number)
+        ]
+    assert told.events.count(Weightless()) == 2
+    assert not [event for event in told.events if isinstance(event, Failed)]
+
+
+def test_without_weights_and_then_given_up_it_fails(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    fleet = opened(engines=1, dispatch="continuous", max_restarts=1)
+    fleet.pass_weights(lambda members: send(members, tmp_path, 3), 3)
+
+    def lose(members: list[Member]) -> None:
+        raise TransferError("broken off", {"engine-0": EngineLostError("gone")})
+
+    with flowing(fleet) as told:
+        fleet.breaks(0, "die")
+        submit(told.flow, 0)
+        told.until(lambda: Weightless() in told.events)
+        with pytest.raises(TransferError):
+            fleet.pass_weights(lose, 3)
+        told.until(lambda: isinstance(told.events[-1], Failed))
+    assert not isinstance(told.flow.hopeless(), WeightsNeededError)
 
 
 def test_a_prompt_without_room_is_refused(opened: Open) -> None:  # noqa: F811

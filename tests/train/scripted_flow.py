@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
+from megatron_r1.errors import EngineError
 from megatron_r1.rollout.flow import Complete, Event, Newer, Sent
 from megatron_r1.rollout.responses import Response
 from megatron_r1.types import Question, Sample
@@ -27,6 +28,8 @@ class Script:
         self.history: list[str] = []
         """All that was ever asked."""
         self.cancelled: list[str] = []
+        self.lost: EngineError | None = None
+        """Why no engine answers."""
         self._events: SimpleQueue[list[Event]] = SimpleQueue()
 
     def submit(
@@ -54,6 +57,9 @@ class Script:
     def had(self) -> dict[str, list[Response]]:
         return {key: had for key, had in self.beginnings.items() if key in self.asked}
 
+    def hopeless(self) -> EngineError | None:
+        return self.lost
+
     def events(self) -> list[Event]:
         return self._events.get()
 
@@ -65,7 +71,7 @@ class Script:
 
     def push(self, version: int) -> None:
         """New weights."""
-        self.version = version
+        self.version, self.lost = version, None
         self.say(Newer(version))
 
     def complete(self, *keys: str) -> None:

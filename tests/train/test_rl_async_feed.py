@@ -14,8 +14,9 @@ from megatron_r1.config.load import validate
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.errors import EngineError
 from megatron_r1.rollout.admission import Admission, Late
-from megatron_r1.rollout.flow import Failed
+from megatron_r1.rollout.flow import Failed, Weightless
 from megatron_r1.rollout.responses import Response
+from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.train.ahead import Deal
 from megatron_r1.train.feed import Feed, Service, Taken
 from megatron_r1.train.rollouts import Rollouts, Sources
@@ -184,6 +185,22 @@ def test_a_fleet_without_engines_ends_the_wait(stack: ExitStack) -> None:
     run.script.say(Failed(EngineError("all engines are gone")))
     with pytest.raises(EngineError, match="all engines are gone"):
         run.feed.wait()
+
+
+def test_a_fleet_that_needs_weights_goes_on_with_them(stack: ExitStack) -> None:
+    """Who waits is told, as often as it is so; who waits after the push was made is not."""
+    run = Run(stack)
+    run.script.complete(*data(0))
+    for _ in range(2):
+        run.script.lost = WeightsNeededError("no engine is left that has weights")
+        run.script.say(Weightless())
+        with pytest.raises(WeightsNeededError, match="no engine is left"):
+            run.feed.wait()
+        run.script.push(0)
+    run.script.say(Weightless())  # read later than the push was made
+    run.script.complete(*data(1))
+    assert run.step() == data(0, 1)
+    assert list(run.script.asked.items()) == [(key, 0) for key in data(2, 3)]
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Report:
         config_toml: the resolved config.
         resume_step: the first step that will be run; what an earlier run left of it and later is dropped.
         enabled: False on every rank but the first: the same calls then do nothing.
-        watch: told the step and the phase, "" between phases, whenever they change, on every rank.
+        watch: told the step, the phase ("" between phases) and whether this rank alone goes through it, whenever they
+            change, on every rank.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Report:
         config_toml: str,
         resume_step: int = 0,
         enabled: bool = True,
-        watch: Callable[[int, str], None] = lambda step, phase: None,
+        watch: Callable[[int, str, bool], None] = lambda step, phase, alone: None,
     ) -> None:
         self.output, self.enabled, self._watch = output, enabled, watch
         self._section, self._title, self._config_toml = section, title, config_toml
@@ -146,12 +147,16 @@ class Report:
         self._step = step + 1
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a named phase; a phase inside another is not counted twice."""
-        self._begin(name)
+    def phase(self, name: str, alone: bool = False) -> Iterator[None]:
+        """Add the time of the block to a named phase; a phase inside another is not counted twice.
+
+        `alone`: other ranks do not go through it, so it is left out where heartbeats compare how many phases the ranks
+        have begun.
+        """
+        self._begin(name, alone)
         with self._clock.phase(name):
             yield
-        self._begin(self._clock.current)
+        self._begin(self._clock.current, alone)
         if self.enabled and not self._in_step and not self._clock.current:
             for phase, seconds in self._clock.take().items():
                 row = {"kind": "phase", "step": self._step, "elapsed": self._elapsed(), "phase": phase}
@@ -217,8 +222,8 @@ class Report:
         self.message(f"report: {render(self.output)}")
         return clean
 
-    def _begin(self, phase: str) -> None:
-        self._watch(self._step, phase)
+    def _begin(self, phase: str, alone: bool = False) -> None:
+        self._watch(self._step, phase, alone)
         for display in self._displays:
             display.begin(self._step, phase)
 

@@ -5,6 +5,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from itertools import accumulate, count
 from types import TracebackType
 from typing import Self, TypeVar
@@ -105,10 +106,6 @@ class Collector:
                 groups = self._collect(questions, n, seed, temperature)
             return [(group.prompt_tokens, group.samples) for group in groups]
 
-        if not is_first_rank():  # heartbeats compare how many phases the ranks have begun
-            for name in ("rollout", "reward"):
-                with self._report.phase(name):
-                    pass
         with self._report.phase("rollout"):
             # Every rank has the questions, and those of code bring megabytes of tests.
             parts = from_first_rank(answered)
@@ -189,7 +186,8 @@ class Collector:
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:
         prompts = [self._tokenizer.encode_prompt(question.prompt) for question in questions]
         stream = self._fleet.stream(prompts, n=n, seed=seed, temperature=temperature, questions=questions)
-        groups = scored_groups(stream, self._judge, questions, prompts, self._report.phase)
+        phase = partial(self._report.phase, alone=True)
+        groups = scored_groups(stream, self._judge, questions, prompts, phase)
         stale = {sample.weight_version for group in groups for sample in group.samples} - {self._version}
         if stale:
             raise EngineError(f"samples come from weights {sorted(stale)}, but {self._version} was pushed last")

@@ -68,7 +68,7 @@ class Beat:
     step: int = 0
     phase: str = "start"
     beats: int = 0
-    """Phases begun so far."""
+    """Phases begun so far, without those of this rank alone."""
     seconds: float = 0.0
     """Since the phase began."""
     written: int = 0
@@ -114,9 +114,9 @@ class Heartbeat:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
 
-    def beat(self, step: int, phase: str) -> None:
-        """The main thread has come to this phase of this step."""
-        self._now = (self._now[0] + 1, step, phase)
+    def beat(self, step: int, phase: str, alone: bool = False) -> None:
+        """The main thread has come to this phase of this step; `alone`: other ranks do not, so it is not counted."""
+        self._now = (self._now[0] + (not alone), step, phase)
 
     def __enter__(self) -> Self:
         try:

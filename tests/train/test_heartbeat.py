@@ -102,6 +102,17 @@ def test_a_job_that_was_suspended_is_not_late(tmp_path: Path) -> None:
     assert (json.loads(output)["codes"], errors) == ([0] * RANKS, "")
 
 
+def test_ranks_count_the_same_phases_when_weights_are_sent_again(tmp_path: Path) -> None:
+    """Else a rank that goes on would be named for one that hangs: the first rank alone asks engines and the judge."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.collector_program", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=240,
+    )  # fmt: skip
+    first, second = json.loads(done.stdout.splitlines()[-1]).values()
+    # Begun and ended: 5 pushes, 2 rollouts; begun and broken off: 4.
+    assert first == second == 2 * (5 + 2) + 4
+
+
 def beat(rank: int, step: int, beats: int, frame: str = "") -> Beat:
     return Beat(rank, HOST, 1, 0.0, step, "update", beats, stack=(frame,) if frame else ())
 

@@ -92,6 +92,10 @@ class Flow:
         self._engines, self._refill, self._room = engines, refill, room
         self._sampling, self._decode = sampling, decode
         self._events: SimpleQueue[_Said | None] = SimpleQueue()
+        self._complete: dict[str, list[Response]] = {}
+        """Groups that the caller was not told of, or may not be done with."""
+        self._told: list[str] = []
+        """Those among the last events."""
         self._watching = engines.start(self._open(weights_change))
 
     def submit(
@@ -118,17 +122,24 @@ class Flow:
         """
         room = self._room(prompt)
         asked = Asked(self, key, prompt, seeds, room, self._sampling, question)
-        fit = [one for one in had if one.sample < len(seeds) and len(one.tokens) < room]
+        fit = [one for one in had if one.sample < len(seeds) and _fits(one, room)]
         for response in fit if len(fit) == len(had) else ():  # a run that asks for less begins it anew
             (asked.begun if response.finish_reason == "abort" else asked.there)[response.sample] = response
-        self._engines.soon(self._refill.add, _name(key), asked, at_least)
+        if len(asked.there) == len(seeds):
+            self._engines.soon(self.complete, key, [asked.there[sample] for sample in sorted(asked.there)])
+        else:
+            self._engines.soon(self._refill.add, _name(key), asked, at_least)
 
     def cancel(self, keys: Sequence[str]) -> None:
         """Groups that are not wanted any more; what has been said of them may still be among the events."""
         self._engines.soon(self._refill.forget, [_name(key) for key in keys])
 
     def had(self) -> dict[str, list[Response]]:
-        """What there is of groups that are not complete: whole samples, and those that were cut as far as they are."""
+        """What there is of groups: whole samples, and those that were cut as far as they are.
+
+        Of all groups but those that are complete and that the caller is done with: it was told, and has called `events`
+        again.
+        """
         return self._engines.start(self._had()).result()
 
     def hopeless(self) -> EngineError | None:
@@ -136,13 +147,19 @@ class Flow:
         return self._engines.start(self._hopeless()).result()
 
     def events(self) -> list[Event]:
-        """What has happened since the last call, at least one thing; nothing once the flow is closed."""
+        """What has happened since the last call, at least one thing; nothing once the flow is closed.
+
+        For one thread, which is done with what the last call returned when it makes the next.
+        """
+        for key in self._told:
+            self._complete.pop(key, None)
         found = [self._events.get()]
         while True:
             try:
                 found.append(self._events.get_nowait())
             except Empty:
                 break
+        self._told = [event.key for event in found if isinstance(event, _There)]
         return [] if None in found else [self._read(event) for event in found if event is not None]
 
     def close(self) -> None:
@@ -155,6 +172,7 @@ class Flow:
         self._events.put(Sent(str(name), version))
 
     def complete(self, name: int | str, responses: list[Response]) -> None:
+        self._complete[str(name)] = responses
         self._events.put(_There(str(name), responses))
 
     def fail(self, error: Exception) -> None:
@@ -162,7 +180,8 @@ class Flow:
 
     async def _had(self) -> dict[str, list[Response]]:
         mine = [asked for asked in self._refill.asked if asked.owner is self]
-        return {str(one.name): [*one.there.values(), *one.begun.values()] for one in mine if one.there or one.begun}
+        begun = {str(one.name): [*one.there.values(), *one.begun.values()] for one in mine if one.there or one.begun}
+        return dict(self._complete) | begun
 
     async def _open(self, weights_change: WeightsChange) -> None:
         def newer(version: int) -> None:
@@ -187,6 +206,11 @@ class Flow:
         if isinstance(event, _There):
             return Complete(event.key, [to_sample(response, self._decode) for response in event.responses])
         return event
+
+
+def _fits(response: Response, room: int) -> bool:
+    """Whether a response of an earlier run is one in this room, or the beginning of one."""
+    return len(response.tokens) < room + (response.finish_reason != "abort")
 
 
 def _name(key: str) -> str:

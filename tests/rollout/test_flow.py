@@ -15,6 +15,7 @@ from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.flow import Complete, Event, Failed, Flow, Newer, Sent, Weightless
 from megatron_r1.rollout.member import Member
+from megatron_r1.rollout.responses import Response
 from megatron_r1.rollout.server import EngineLostError, WeightsNeededError
 from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Sample
@@ -161,6 +162,50 @@ def test_beginnings_outlive_their_engine_and_their_flow(opened: Open, tmp_path: 
     assert first.tokens == begun + response(again, 1, 50 - len(begun))["tokens"]
     assert first.weight_spans == [(0, len(begun)), (1, len(first.tokens))]
     assert [one.tokens for one in others] == [response(seed, 1, 50)["tokens"] for seed in seeds(0)[1:]]
+
+
+def test_what_is_complete_is_there_until_the_next_events_and_is_not_asked_again(opened: Open) -> None:  # noqa: F811
+    """A caller that keeps it and tells another flow of it is told that it is complete; the engine is not asked."""
+    fleet = opened(engines=1, dispatch="continuous")
+    with flowing(fleet) as told:
+        submit(told.flow, 0)
+        told.until(lambda: bool(told.complete))
+        had = told.flow.had()
+        submit(told.flow, 1)
+        told.until(lambda: len(told.complete) == 2)
+        assert list(told.flow.had()) == ["data:1"], "the caller is done with the other"
+    assert [one.tokens for one in had["data:0"]] == [response(seed, 0, 50)["tokens"] for seed in seeds(0)]
+    with flowing(fleet) as again:
+        again.flow.submit("data:0", [1, 3], seeds(0), 1, had=had["data:0"])
+        again.until(lambda: bool(again.complete))
+    assert again.complete["data:0"] == told.complete["data:0"]
+    assert len(fleet.asked(0)) == 2
+
+
+@pytest.mark.parametrize(("room", "asked"), [(4, False), (3, True)])
+def test_samples_of_an_earlier_run_count_if_they_fit(
+    opened: Open,  # noqa: F811
+    room: int,
+    asked: bool,
+) -> None:
+    """A whole one of four tokens is one where there is room for four; for three, the group is begun anew."""
+    fleet = opened(engines=1, dispatch="continuous", max_tokens=room)
+    had = [
+        Response(
+            prompt=0,
+            sample=sample,
+            tokens=[0, 9, 9, 9],
+            logprobs=[-0.5] * 4,
+            finish_reason="length",
+            weight_versions=[0],
+        )
+        for sample in range(N)
+    ]
+    with flowing(fleet) as told:
+        told.flow.submit("data:0", [1, 3], seeds(0), 0, had=had)
+        told.until(lambda: bool(told.complete))
+    assert bool(fleet.asked(0)) == asked
+    assert all(len(sample.tokens) <= room for sample in told.complete["data:0"])
 
 
 def test_at_group_borders_the_push_returns_and_running_groups_keep_their_weights(

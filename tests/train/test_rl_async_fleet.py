@@ -1,5 +1,6 @@
-"""Sampling ahead with engines by script, from the loop's wait to their processes: weights that nobody has kept."""
+"""Sampling ahead, down to the processes of engines by script: weights that nobody has kept, checkpoints."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -16,13 +17,14 @@ from megatron_r1.seeds import stream_seed
 from megatron_r1.train.ahead import Ahead
 from megatron_r1.train.collector import Collector
 from megatron_r1.train.interruption import Interruptions
+from megatron_r1.train.rollouts import IN_FLIGHT
 from megatron_r1.types import Group
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from tests.rollout.scripted_server import response
-from tests.rollout.test_engine_faults import ScriptedFleet, opened  # noqa: F401
+from tests.rollout.test_engine_faults import ScriptedFleet, opened, wait_for  # noqa: F401
 from tests.rollout.test_passed_weights import send
 from tests.train.test_collector_push import Exported, Said, export
-from tests.train.test_rl_async_feed import AHEAD
+from tests.train.test_rl_async_feed import AHEAD, through_a_file
 from tests.train.test_rl_rollouts import config, numbers
 
 QUESTIONS, GROUP = 3, 2
@@ -54,11 +56,16 @@ class Asking(Collector):
         tokenizer = SimpleNamespace(encode_prompt=lambda prompt: [1, len(prompt)])
         super().__init__(run, cast(Tokenizer, tokenizer), cast(Report, self.said), Interruptions())
         self._fleet, self._sync, self._tried = fleet, self.sync, True
+        self.judges = threading.Event()
+        """While it is not set only answers of the first weights are judged."""
+        self.judges.set()
 
     def _open(self) -> None: ...
 
     def _score(self, groups: Sequence[Group]) -> None:
-        for sample in (sample for group in groups for sample in group.samples):
+        samples = [sample for group in groups for sample in group.samples]
+        assert not any(sample.weight_version for sample in samples) or self.judges.wait(240)
+        for sample in samples:
             sample.reward = float(len(sample.tokens))
 
 
@@ -120,3 +127,41 @@ def test_the_only_engine_dies_and_gets_its_weights_again(
     assert not set(numbers(groups)) & set(numbers(later))
     assert collector.sync.pushed == [0, 0, 0, 1]
     assert fleet.figures()["engines_lost"] == 2
+
+
+def test_what_was_complete_and_not_judged_is_judged_after_a_resume(opened: Any, stack: ExitStack) -> None:  # noqa: F811
+    """Groups of the second weights are complete while nobody judges them: no engine is asked for any of them again."""
+    run, made = settings(), Exported()
+    fleet = opened(engines=1, dispatch="continuous")
+    collector, ahead = Asking(run, fleet), Ahead(run, frozenset())
+    with collector:
+        collector.judges.clear()
+        collector.push(export(made), version=0)
+        first = ahead.sample(collector, 0).groups
+        collector.push(export(made), version=1)
+
+        def complete() -> dict[str, set[str]]:
+            """Groups in the ledger whose samples are all there, judged and not."""
+            state = ahead.kept()[IN_FLIGHT]
+            return {
+                "judged": set(state["groups"]),
+                "begun": {key for key, had in state["begun"].items() if len(had) == GROUP},
+            }
+
+        wait_for(lambda: len(set.union(*complete().values())) == 2 * QUESTIONS)
+        kept, before = through_a_file(ahead.kept()), complete()
+        collector.judges.set()
+    assert len(before["begun"]) >= QUESTIONS
+    requests = len(fleet.requests(0))
+    collector, ahead = Asking(run, fleet), Ahead(run, frozenset())
+    stack.enter_context(collector)
+    ahead.restore(kept)
+    collector.push(export(made), version=1)
+    groups = ahead.sample(collector, 1).groups
+    assert len(fleet.requests(0)) == requests
+    collector.push(export(made), version=2)
+    groups += ahead.sample(collector, 2).groups
+    assert not set(numbers(first)) & set(numbers(groups))
+    names = {f"data:{number}" for number in numbers(groups)}
+    assert len(names & (before["begun"] | before["judged"])) == len(names) == 2 * QUESTIONS
+    assert all(sample.reward == len(sample.tokens) for group in groups for sample in group.samples)

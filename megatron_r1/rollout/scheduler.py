@@ -6,15 +6,13 @@ The fleet and `tools/simulate_fleet.py` run this very class. Its rules:
 * A group stays together, so that its prompt is computed once, and waits here, not in an engine, until an engine has a
   sequence free for it: no engine idles behind another's queue.
 * Of the engines with room, the one with the fewest outstanding tokens for its size gets the next group.
-* A turn of a conversation goes back to the engine that holds its prefix (`home`). It waits for that engine while others
-  have work of their own, and goes elsewhere rather than let one of them idle.
 * A group may ask for weights of a version `at_least`; engines with older ones do not get it.
 * What an engine leaves unfinished is the first to be sent again; samples that it had finished are not.
 
 Each event costs O(log n) of groups and engines.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -48,8 +46,6 @@ class Group:
     max_tokens: int
     missing: set[int]
     place: Place
-    home: str | None = None
-    """While it waits: the engine that it waits for."""
     engine: "EngineLoad | None" = None
     """Where it runs; None while it waits."""
     expected: int = 0
@@ -71,8 +67,6 @@ class EngineLoad:
     tokens: int = 0
     """Outstanding: prompts of its groups, and what is expected of responses that are not finished."""
     groups: dict[Key, Group] = field(default_factory=dict)
-    line: deque[Group] = field(default_factory=deque)
-    """Turns of conversations whose prefix it holds."""
     stamp: int = -1
     """Of its valid entry among the open engines; -1 while it gets nothing."""
 
@@ -95,13 +89,10 @@ class Scheduler:
         self._engines: dict[str, EngineLoad] = {}
         self._groups: dict[Key, Group] = {}
         self._waiting: list[tuple[Place, Group]] = []
-        self._returning: list[tuple[Place, Group]] = []
         self._open: dict[int, list[tuple[int, float, int, EngineLoad]]] = {}
         """By version, a heap of (sequences too many for one more group, load, stamp, engine); old stamps are void."""
         self._versions: Counter[int] = Counter()
         """Engines by version."""
-        self._called: dict[str, None] = {}
-        """Engines whose line may move."""
         self._stamps = self._arrivals = self._seen = 0
 
     @property
@@ -135,14 +126,12 @@ class Scheduler:
         keys = list(gone.groups)
         for key in keys:
             self.returned(key)
-        self._dissolve_line(gone)
         return keys
 
     def hold(self, engine: str) -> None:
         """Send nothing to an engine until its `release`; what it has goes on (it is drained at `sequences == 0`)."""
         held = self._engines[engine]
         held.held, held.stamp = True, -1
-        self._dissolve_line(held)
 
     def release(self, engine: str, version: int) -> None:
         """The engine takes work again, with weights of this version."""
@@ -159,7 +148,6 @@ class Scheduler:
         samples: int,
         max_tokens: int,
         at_least: int = 0,
-        home: str | None = None,
         there: Collection[int] = (),
     ) -> None:
         """Queue a group.
@@ -170,37 +158,21 @@ class Scheduler:
             samples: how many responses.
             max_tokens: longest response.
             at_least: version of the oldest weights that may answer it.
-            home: the engine that answered the turn before, for a turn of a conversation; goes before what is new.
             there: samples that need no answer.
         """
         if key in self._groups or samples < 1:
             raise ValueError(f"group {key!r} of {samples} samples: already queued, or empty")
         self._arrivals += 1
-        place = (at_least, 1 if home is None else 0, self._arrivals)
+        place = (at_least, 1, self._arrivals)
         group = Group(key, prompt_tokens, max_tokens, set(range(samples)).difference(there), place)
         self._groups[key] = group
-        engine = self._engines.get(home) if home is not None else None
-        if engine and not engine.held and engine.version >= at_least:
-            group.home = engine.name
-            engine.line.append(group)
-            heappush(self._returning, (place, group))
-            self._called[engine.name] = None
-        else:
-            heappush(self._waiting, (place, group))
+        heappush(self._waiting, (place, group))
 
     def assign(self) -> list[Assignment]:
         """What to send now; counts as sent."""
         sent: list[Assignment] = []
-        called, self._called = self._called, {}
-        for home in [self._engines[name] for name in called if name in self._engines]:
-            while (group := self._first_in_line(home)) and self._fits(home, group):
-                home.line.popleft()
-                sent.append(self._send(home, group))
-        while (group := self._first(self._waiting)) and (engine := self._best(group)) and self._fits(engine, group):
+        while (group := self._first()) and (engine := self._best(group)) and self._fits(engine, group):
             heappop(self._waiting)
-            sent.append(self._send(engine, group))
-        while (group := self._first(self._returning)) and (engine := self._best(group)) and _free(engine):
-            heappop(self._returning)
             sent.append(self._send(engine, group))
         return sent
 
@@ -245,7 +217,7 @@ class Scheduler:
         return name
 
     def _send(self, engine: EngineLoad, group: Group) -> Assignment:
-        group.home, group.engine = None, engine
+        group.engine = engine
         group.expected = min(group.max_tokens, round(self.expected_length or group.max_tokens))
         engine.groups[group.key] = group
         engine.sequences += len(group.missing)
@@ -265,26 +237,16 @@ class Scheduler:
             self._moved(engine)
 
     def _fits(self, engine: EngineLoad, group: Group) -> bool:
-        return _free(engine) or engine.sequences + len(group.missing) <= engine.capacity + self.reserve
+        free = engine.sequences < engine.capacity
+        return free or engine.sequences + len(group.missing) <= engine.capacity + self.reserve
 
-    def _first(self, queue: list[tuple[Place, Group]]) -> Group | None:
+    def _first(self) -> Group | None:
         """The first that still waits at the place where it was put."""
-        homes = queue is self._returning
-        while queue:
-            place, group = queue[0]
-            waits = group.engine is None and group.place == place and self._groups.get(group.key) is group
-            if waits and (group.home is not None) == homes:
+        while self._waiting:
+            place, group = self._waiting[0]
+            if group.engine is None and group.place == place and self._groups.get(group.key) is group:
                 return group
-            heappop(queue)
-        return None
-
-    def _first_in_line(self, engine: EngineLoad) -> Group | None:
-        """The first that still waits for this engine."""
-        while engine.line:
-            group = engine.line[0]
-            if group.home == engine.name and self._groups.get(group.key) is group:
-                return group
-            engine.line.popleft()
+            heappop(self._waiting)
         return None
 
     def _best(self, group: Group) -> EngineLoad | None:
@@ -302,8 +264,6 @@ class Scheduler:
 
     def _moved(self, engine: EngineLoad) -> None:
         """The load of an engine has changed."""
-        if engine.line:
-            self._called[engine.name] = None
         if engine.held:
             return
         self._stamps += 1
@@ -321,17 +281,7 @@ class Scheduler:
             del self._versions[engine.version]
             self._open.pop(engine.version, None)
 
-    def _dissolve_line(self, engine: EngineLoad) -> None:
-        """The conversations that wait for an engine wait for any."""
-        while group := self._first_in_line(engine):
-            group.home = None
-            heappush(self._waiting, (group.place, group))
-
 
 def _entry(engine: EngineLoad, group_size: int) -> tuple[int, float, int, EngineLoad]:
     excess = max(0, engine.sequences + group_size - engine.capacity)
     return excess, engine.tokens / engine.capacity, engine.stamp, engine
-
-
-def _free(engine: EngineLoad) -> bool:
-    return engine.sequences < engine.capacity

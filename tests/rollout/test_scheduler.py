@@ -142,43 +142,6 @@ def test_old_weights_do_not_get_what_asks_for_new_ones() -> None:
     assert sent(scheduler) == [("b", "new", (0, 1))]
 
 
-def test_a_conversation_comes_back_to_its_prefix() -> None:
-    scheduler = two_engines(capacity=2)
-    for key in range(6):
-        scheduler.submit(key, 1, 1, max_tokens=10)
-    scheduler.assign()
-    scheduler.submit("turn", 50, 1, max_tokens=10, home="b")
-    scheduler.finished("a", 0, 0, 5)
-    assert sent(scheduler) == [("a", 4, (0,))]  # others have work: the conversation waits for its engine
-    scheduler.finished("b", 1, 0, 5)
-    assert sent(scheduler) == [("b", "turn", (0,))]  # and goes before what is new
-
-
-def test_a_conversation_lets_no_engine_idle() -> None:
-    scheduler = two_engines(capacity=1)
-    for key in range(2):
-        scheduler.submit(key, 1, 1, max_tokens=10)
-    scheduler.assign()
-    scheduler.submit("turn", 50, 1, max_tokens=10, home="b")
-    scheduler.finished("a", 0, 0, 5)
-    assert sent(scheduler) == [("a", "turn", (0,))]
-
-
-def test_a_conversation_whose_engine_is_gone_or_held() -> None:
-    scheduler = two_engines(capacity=1)
-    scheduler.submit("new", 1, 1, max_tokens=10)
-    scheduler.submit("x", 50, 1, max_tokens=10, home="b")
-    scheduler.submit("y", 50, 1, max_tokens=10, home="b")
-    scheduler.submit("z", 50, 1, max_tokens=10, home="nobody")
-    scheduler.hold("b")
-    assert sent(scheduler) == [("a", "x", (0,))]
-    scheduler.left("b")
-    finish(scheduler, Assignment("a", "x", (0,)))
-    assert sent(scheduler) == [("a", "y", (0,))]
-    finish(scheduler, Assignment("a", "y", (0,)))
-    assert sent(scheduler) == [("a", "z", (0,))]
-
-
 def test_cancelled_groups() -> None:
     scheduler = two_engines(capacity=1)
     for key in range(3):
@@ -231,11 +194,9 @@ class FleetHistory(RuleBasedStateMachine):
 
     @rule(samples=st.integers(1, 6), prompt=st.integers(0, 50), maximum=st.integers(1, 90), data=st.data())
     def submit(self, samples: int, prompt: int, maximum: int, data: st.DataObject) -> None:
-        homes = [None, *(f"engine-{number}" for number in range(self.names))]
         at_least = data.draw(st.integers(max(0, self.newest - 1), self.newest))
-        home = data.draw(st.sampled_from(homes))
         self.missing[self.keys], self.at_least[self.keys] = set(range(samples)), at_least
-        self.scheduler.submit(self.keys, prompt, samples, maximum, at_least, home)
+        self.scheduler.submit(self.keys, prompt, samples, maximum, at_least)
         self.keys += 1
 
     @rule()
@@ -354,8 +315,7 @@ def test_queues_stay_as_small_as_the_fleet() -> None:
     for number in range(16):
         scheduler.joined(f"engine-{number}", 8)
     for key in range(2000):
-        home = f"engine-{key % 16}" if key % 3 else None
-        scheduler.submit(key, 1, 4, max_tokens=10, at_least=key // 100, home=home)
+        scheduler.submit(key, 1, 4, max_tokens=10, at_least=key // 100)
         if key % 100 == 0:
             for engine in scheduler.engines:
                 scheduler.hold(engine)
@@ -363,6 +323,6 @@ def test_queues_stay_as_small_as_the_fleet() -> None:
         if scheduler.waiting > 64:
             for one in scheduler.assign():
                 finish(scheduler, one)
-    held = [scheduler._waiting, scheduler._returning, *scheduler._open.values()]
+    held = [scheduler._waiting, *scheduler._open.values()]
     assert max(map(len, held)) <= 4 * 16 + 65
     assert len(scheduler._open) == len(scheduler._versions) == 1

@@ -28,7 +28,7 @@ from megatron_r1.rollout.client import KEEPALIVE_SECONDS
 from megatron_r1.rollout.conversation import Conversation
 from megatron_r1.rollout.engine import Sampling
 from megatron_r1.rollout.fan_out import TransferError
-from megatron_r1.rollout.member import Member, Weights, while_healthy
+from megatron_r1.rollout.member import Member, Weights
 from megatron_r1.rollout.meters import Busy
 from megatron_r1.rollout.responses import Ask, GarbageError, Response, ask
 from megatron_r1.rollout.server import EngineLostError
@@ -36,8 +36,8 @@ from megatron_r1.types import Question
 
 T = TypeVar("T")
 CLOSE_SECONDS = 5.0
-THREADS = 16
-"""For each engine: one loads weights or starts it again, the others ask for its health, for each request by itself."""
+THREADS = 4
+"""For each engine: one loads weights or starts it again, one asks for its health; there is room for what all do."""
 DRAIN_SECONDS = 0.02
 """Between two looks at an engine that is to take new weights when it has done its work."""
 
@@ -160,7 +160,7 @@ class Engines:
 
         try:
             async with asyncio.timeout(self.section.request_timeout):
-                await while_healthy(member, read())
+                await member.health.while_there(read())
             member.failures = 0
         except httpx.HTTPStatusError as error:
             what = f"answered a request for samples with {error.response.status_code}: {error}"

@@ -86,11 +86,16 @@ class Member:
         self._closed = False
         self.server = start()
         self.client = Client(self.server, section.transfer_timeout, token)
+        self.health = Health(self.lost)
 
     @property
     def remote(self) -> bool:
         """Was it started by others?"""
         return isinstance(self.server, RemoteServer)
+
+    def lost(self) -> bool:
+        """See `Client.lost`."""
+        return self.client.lost()
 
     def restart(self) -> None:
         """Start it anew, or wait until others have.
@@ -147,18 +152,48 @@ class Member:
             self.client.close()
 
 
-async def while_healthy(member: Member, reading: Coroutine[Any, Any, None]) -> None:
-    """Read on, and ask for health meanwhile: a server whose core has died may hold its connections open.
+class Health:
+    """Looks after an engine for all that read from it: a server whose core has died may hold its connections open.
 
-    Raises:
-        httpx.ConnectError: the server says that its core is dead, or does not listen any more.
+    On the engines' loop.
+
+    Args:
+        lost: asks it.
+        seconds: between two looks.
     """
-    task = asyncio.create_task(reading)
-    try:
-        while not (await asyncio.wait({task}, timeout=HEALTH_SECONDS))[0]:
-            if await asyncio.to_thread(member.client.lost):
-                raise httpx.ConnectError("it is not healthy")
-        task.result()
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
+
+    def __init__(self, lost: Callable[[], bool], seconds: float = HEALTH_SECONDS) -> None:
+        self._lost, self._seconds = lost, seconds
+        self._readers = 0
+        self._looking: asyncio.Task[None] | None = None
+
+    async def while_there(self, reading: Coroutine[Any, Any, None]) -> None:
+        """Read on.
+
+        Raises:
+            httpx.ConnectError: the server says that its core is dead, or does not listen any more.
+        """
+        task = asyncio.create_task(reading)
+        self._readers += 1
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        looking = self._looking
+        try:
+            await asyncio.wait({task, looking}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise httpx.ConnectError("it is not healthy") from looking.exception()
+            task.result()
+        finally:
+            self._readers -= 1
+            if not self._readers and self._looking:
+                self._looking.cancel()
+                self._looking = None  # the next reader must not wait for one that is about to end
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _look(self) -> None:
+        """Until it is lost."""
+        while True:
+            await asyncio.sleep(self._seconds)
+            if await asyncio.to_thread(self._lost):
+                return

@@ -106,7 +106,10 @@ class FanOut:
         return name
 
     def _compare(self, recipient: Recipient, ranks: range) -> None:
-        for rank, received in zip(ranks, recipient.client.received(), strict=False):
+        workers = recipient.client.received()
+        if len(workers) != len(ranks):
+            raise EngineError(f"{len(workers)} of {len(ranks)} workers say what they have got")
+        for rank, received in zip(ranks, workers, strict=True):
             for name in self.sampled:
                 if received.get(name) != self.sums[name]:
                     raise EngineError(

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -130,6 +131,7 @@ class Heartbeat:
         return self
 
     def _open(self) -> None:
+        self._made = list(takewhile(lambda path: not path.exists(), (self._folder, *self._folder.parents)))
         self._folder.mkdir(parents=True, exist_ok=True)
         path = _path(self._folder, self._me.rank)
         path.unlink(missing_ok=True)
@@ -146,6 +148,8 @@ class Heartbeat:
         self._thread.join()
         faulthandler.unregister(signal.SIGUSR2)
         self._stacks.close()
+        if isinstance(error, UserError) and not self._now[0]:
+            self._leave_nothing()
         if self._ranks > 1 and isinstance(error, RuntimeError) and not isinstance(error, UserError):
             if self._said():  # it ends as the others do
                 os._exit(HUNG)
@@ -156,6 +160,15 @@ class Heartbeat:
                     f"another process is gone, noticed in step {step}, phase {phase}; last heard of "
                     f"{'; '.join(map(str, dead))}; {_GO_ON}"
                 ) from error
+
+    def _leave_nothing(self) -> None:
+        """The run was refused before its first phase. With several ranks others may only just be coming here."""
+        if self._ranks == 1:
+            _path(self._folder, 0).unlink(missing_ok=True)
+            _path(self._folder, 0).with_suffix(".stack").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is something else in it
+                for path in self._made:
+                    path.rmdir()
 
     def _watch(self) -> None:
         last = time.monotonic()

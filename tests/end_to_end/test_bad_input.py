@@ -26,7 +26,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a verb that must fail, leave no checkpoint and say one line, which is returned."""
+    """Runs a verb that must fail, leave no checkpoint (by code 2, nothing) and say one line, which is returned."""
 
     def run(verb: str, tree: dict[str, Any], code: int = 2) -> str:
         assert main([verb, str(runs.write(tmp_path / f"{verb}.toml", tree))]) == code
@@ -35,6 +35,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         assert "Traceback" not in "".join(errors)
         assert not (tmp_path / "run/checkpoints").exists()
         assert not (tmp_path / "run/logs").exists(), "an engine was started"
+        assert code != 2 or not (tmp_path / "run").exists()
         return said
 
     return run

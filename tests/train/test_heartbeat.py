@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_r1.train.heartbeat import FOLDER, HANG, HUNG, Beat, _behind, read
+from megatron_r1.errors import ConfigError
+from megatron_r1.train.heartbeat import FOLDER, HANG, HUNG, Beat, Heartbeat, _behind, read
 from tests.train.heartbeat_program import FAULTY, FAULTY_STEP, GUARD, RANKS
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,26 @@ def test_ranks_count_the_same_phases_when_weights_are_sent_again(tmp_path: Path)
     first, second = json.loads(done.stdout.splitlines()[-1]).values()
     # Begun and ended: 5 pushes, 2 rollouts; begun and broken off: 4.
     assert first == second == 2 * (5 + 2) + 4
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_is_refused_leaves_nothing(tmp_path: Path, begun: bool) -> None:
+    """Unless a phase has begun, or there was something before."""
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/notes").touch()
+
+    def refused(output: Path) -> None:
+        with Heartbeat(output, GUARD, 0, 1, "megatron-r1 test") as heartbeat:
+            if begun:
+                heartbeat.beat(0, "start")
+            raise ConfigError("no")
+
+    for output in (tmp_path / "runs/first", tmp_path / "earlier"):
+        with pytest.raises(ConfigError):
+            refused(output)
+        assert (output / FOLDER / "rank_0.json").exists() == begun
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if FOLDER not in path.parts}
+    assert names == {"earlier", "earlier/notes"} | ({"runs", "runs/first"} if begun else set())
 
 
 def beat(rank: int, step: int, beats: int, frame: str = "") -> Beat:

@@ -129,7 +129,9 @@ class Run:
 
     def _break(self, command: Command, kind: str) -> None:
         if kind in ANSWERS:
-            (self.folder / f"{self.port}.fault").write_text(kind)
+            whole = self.folder / f"{self.port}.fault-aside"
+            whole.write_text(kind)
+            whole.replace(whole.with_suffix(".fault"))  # it is read as soon as it is there
             return
         whom, how = kind.split()
         with_port = [one for one in command.look() if f"--port={self.port}" in command_line(one)]

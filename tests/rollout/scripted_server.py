@@ -4,7 +4,8 @@
 
 A response is a function of its seed and of the weights: `[weights, seed % 50 + 3, ..., 2]`; one that is under way when
 all is cut comes as its first half. What was asked is in `<folder>/<port>.asked`; a file `<folder>/<port>.fault`
-(`{"kind": ..., "after": responses}`) breaks the next request.
+(`{"kind": ..., "after": responses}`) breaks the next request. With the kind "hold" a response waits until there is no
+file `<folder>/<port>.hold`.
 """
 
 import json
@@ -40,7 +41,7 @@ def first_half(tokens: list[int]) -> dict[str, Any]:
 
 
 def broken(kind: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """A response that no working engine gives."""
+    """A response that no working engine gives; one that was held is as all others."""
     changes: dict[str, dict[str, Any]] = {
         "nan": {"logprobs": [float("nan")] * len(answer["tokens"])},
         "few_logprobs": {"logprobs": answer["logprobs"][1:]},
@@ -52,6 +53,7 @@ def broken(kind: str, answer: dict[str, Any]) -> dict[str, Any]:
         "old_weights": {"weight_versions": ["-1" if answer["weight_versions"] == ["0"] else "0"]},
         "other_sample": {"sample": answer["sample"] + 1000},
         "positive": {"logprobs": [0.5] * len(answer["tokens"])},
+        "hold": {},
     }
     return answer | changes[kind]
 
@@ -63,6 +65,7 @@ class Engine:
         self.token = os.environ.get("MEGATRON_R1_ENGINE_TOKEN", "")
         self.fault = folder / f"{port}.fault"
         self.asked = folder / f"{port}.asked"
+        self.hold = folder / f"{port}.hold"
         self.weights, self.version = 0, "0"
         self.hung = threading.Event()
         self.cut = threading.Event()
@@ -146,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         left, cut = fault.get("after", -1), False
         for prompt, seeds in enumerate(body["seeds"]):
             for sample, seed in enumerate(seeds):
+                while left == 0 and fault["kind"] == "hold" and engine.hold.exists():
+                    time.sleep(0.01)
                 longest, version = body["max_tokens"][prompt], engine.version
                 begun = {} if cut else response(seed, engine.weights, longest)
                 if begun and not engine.cut.wait(fault.get("seconds", SECONDS)):

@@ -61,6 +61,13 @@ class ScriptedFleet(Fleet):
         whole.write_text(json.dumps(fault))
         whole.replace(whole.with_suffix(".fault"))
 
+    def holds(self, engine: int, after: int = 0, times: int = 1) -> Path:
+        """The engine's next requests wait before a response, until the file that is returned is taken away."""
+        file = self.folder / f"{self.section.port + engine}.hold"
+        file.touch()
+        self.breaks(engine, "hold", after, times=times)
+        return file
+
     def requests(self, engine: int) -> list[dict[str, Any]]:
         """Every request that an engine has got."""
         file = self.folder / f"{self.section.port + engine}.asked"
@@ -152,17 +159,22 @@ def test_undisturbed(opened: Open, tmp_path: Path, dispatch: str) -> None:
 @pytest.mark.parametrize("dispatch", ["batch", "continuous"])
 @pytest.mark.parametrize("kind", ["die", "hang"])
 def test_one_of_two_is_lost_in_the_middle(opened: Open, tmp_path: Path, dispatch: str, kind: str) -> None:
-    """Its work is done by the other (continuous) or by itself (batch); afterwards it has the newest weights."""
-    fleet = opened(dispatch=dispatch, stall_timeout=60.0 if kind == "die" else 5.0)
+    """Its work is done by the other (continuous) or by itself (batch); afterwards it has the newest weights.
+
+    One that hangs is noticed by its silence. A working one may be as silent where the machine is slow: it is lost, too.
+    """
+    fleet = opened(dispatch=dispatch, stall_timeout=60.0 if kind == "die" else 5.0, max_restarts=10)
     push(fleet, tmp_path, 3)
     fleet.breaks(0, kind, after=2)
     arrived = list(fleet.stream(PROMPTS, n=3, seed=7))
     assert Counter(index for index, _ in arrived) == Counter(range(8))
     assert tokens([dict(arrived)[index] for index in range(8)]) == expected(3, 7, 3)
     wait_for(lambda: fleet.figures()["engines_ready"] == 2)
-    assert fleet.figures()["engines_lost"] == 1
     assert tokens(fleet.sample(PROMPTS, n=3, seed=8)) == expected(3, 8, 3)
-    assert fleet.figures()["engines_returned"] == 1
+    wait_for(lambda: fleet.figures()["engines_ready"] == 2)
+    figures = fleet.figures()
+    assert figures["engines_returned"] == figures["engines_lost"] >= 1
+    assert kind == "hang" or figures["engines_lost"] == 1
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
@@ -308,7 +320,7 @@ def test_others_go_on_without_an_engine_that_is_given_up(opened: Open) -> None:
 
 def test_a_batch_takes_no_longer_than_allowed(opened: Open) -> None:
     fleet = opened(engines=1, max_restarts=0, request_timeout=1.0)
-    fleet.breaks(0, "slow", after=-1, seconds=1.0)
+    fleet.breaks(0, "slow", after=-1, seconds=600.0)
     with pytest.raises(EngineError, match="within 1 s"):
         fleet.sample(PROMPTS, n=2, seed=3)
 
@@ -333,7 +345,7 @@ def test_two_streams_at_once(opened: Open) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert found == {seed: expected(2, seed, 0) for seed in (1, 2)}
 
 

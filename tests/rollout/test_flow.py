@@ -96,13 +96,14 @@ def test_a_group_for_newer_weights_waits_for_them(opened: Open, tmp_path: Path) 
 
 def test_in_flight_a_group_goes_on_with_new_weights(opened: Open, tmp_path: Path) -> None:  # noqa: F811
     fleet = opened(engines=1, dispatch="continuous")
-    fleet.breaks(0, "slow", after=-1, seconds=1.0)
+    held = fleet.holds(0, after=2)
     with flowing(fleet) as told:
         submit(told.flow, 0)
-        told.until(lambda: Sent("data:0", 0) in told.events)
+        wait_for(lambda: len(told.flow.had().get("data:0", [])) == 2)
         push(fleet, tmp_path, 1)
+        held.unlink()
         told.until(lambda: bool(told.complete))
-    assert told.complete["data:0"][-1].weight_version == 1
+    assert [sample.weight_version for sample in told.complete["data:0"]] == [0, 0, 1]
 
 
 def begun_by_old_weights(number: int, sample: int) -> list[int]:
@@ -213,13 +214,14 @@ def test_at_group_borders_the_push_returns_and_running_groups_keep_their_weights
     tmp_path: Path,
 ) -> None:
     fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
-    fleet.breaks(0, "slow", after=-1, seconds=3.0)
+    held = fleet.holds(0, times=2)
     with flowing(fleet, "at_group_borders") as told:
         submit(told.flow, 0, 1, 2)  # one that runs, one that the engine has in reserve, one that waits
         told.until(lambda: Sent("data:1", 0) in told.events)
         push(fleet, tmp_path, 1)
         push(fleet, tmp_path, 2)
-        assert not told.complete
+        assert told.flow.had() == {}, "nothing is complete"
+        held.unlink()
         told.until(lambda: len(told.complete) == 3)
     versions = {key: [sample.weight_version for sample in samples] for key, samples in told.complete.items()}
     assert versions == {"data:0": [0] * N, "data:1": [0] * N, "data:2": [2] * N}
@@ -243,11 +245,13 @@ def test_an_engine_that_dies_costs_no_group(opened: Open, tmp_path: Path) -> Non
 
 def test_what_is_cancelled_is_not_answered(opened: Open) -> None:  # noqa: F811
     fleet = opened(engines=1, dispatch="continuous", max_num_seqs=N)
-    fleet.breaks(0, "slow", after=-1, seconds=1.0)
+    held = fleet.holds(0, times=2)
     with flowing(fleet) as told:
         submit(told.flow, 0, 1, 2, 3)
-        told.until(lambda: Sent("data:0", 0) in told.events)
+        wait_for(lambda: len(fleet.asked(0)) == 2)
         told.flow.cancel(["data:0", "data:2", "data:7"])
+        told.until(lambda: bool(told.complete))
+        held.unlink()
         told.until(lambda: len(told.complete) == 2)
     assert set(told.complete) == {"data:1", "data:3"}
 

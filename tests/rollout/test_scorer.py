@@ -117,7 +117,7 @@ def test_servers_end_with_the_run(folders: dict[str, Path], tmp_path: Path) -> N
     sections = {"good": section(folders["llama"]), "bad": section(folders["llama"], arguments=["--no-such-flag"])}
     with pytest.raises(EngineError, match="unrecognized arguments: --no-such-flag"):
         Scorers(sections, tmp_path).__enter__()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             httpx.get(f"http://127.0.0.1:{sections['good'].port}/health", timeout=1)

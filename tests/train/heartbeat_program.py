@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_r1.config.guard import GuardSection
 from megatron_r1.errors import UserError
-from megatron_r1.train.heartbeat import Heartbeat
+from megatron_r1.train.heartbeat import FOLDER, Heartbeat, read
 
 RANKS, FAULTY, FAULTY_STEP, STEPS = 3, 1, 3, 5
 GUARD = GuardSection(deadline=2.0, deadlines={"rollout": 60.0})
@@ -65,7 +65,8 @@ def work(rank: int, output: Path, fault: str, phase: str) -> None:
                 time.sleep(0.3)
                 heartbeat.beat(step, phase)
                 if (rank, step) == (FAULTY, FAULTY_STEP):
-                    time.sleep(0.5)  # so that its last beat is in its file
+                    while (said := read(output / FOLDER, RANKS)[rank]).step != step or said.phase != phase:
+                        time.sleep(0.02)  # until its file has what the others will say of it
                     FAULTS[fault]()
                 dist.all_reduce(torch.ones(1))
     except UserError as error:
@@ -82,7 +83,7 @@ def main() -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(120)
         process.kill()
     print(json.dumps({"codes": [process.exitcode for process in ranks], "pids": [process.pid for process in ranks]}))
 

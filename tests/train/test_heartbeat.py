@@ -27,7 +27,7 @@ class Ended:
     def __init__(self, output: Path, fault: str, phase: str = "update") -> None:
         done = subprocess.run(
             [sys.executable, "-m", "tests.train.heartbeat_program", str(output), fault, phase],
-            cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=400,
         )  # fmt: skip
         result: dict[str, Any] = json.loads(done.stdout)
         self.codes, self.pids, self.errors = result["codes"], result["pids"], done.stderr
@@ -99,7 +99,7 @@ def test_a_job_that_was_suspended_is_not_late(tmp_path: Path) -> None:
         time.sleep(2 * GUARD.deadline)
         for rank in ranks:
             rank.resume()
-        output, errors = started.communicate(timeout=60)
+        output, errors = started.communicate(timeout=240)
     assert (json.loads(output)["codes"], errors) == ([0] * RANKS, "")
 
 

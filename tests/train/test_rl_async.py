@@ -20,6 +20,7 @@ from megatron_r1.train.learner import Learner
 from megatron_r1.train.policy import Figures
 from megatron_r1.types import Group, Sample
 from tests.train.scripted_flow import Working
+from tests.train.test_rl_async_feed import until
 from tests.train.test_rl_steps import Answering, base, run  # noqa: F401
 
 STEPS, QUESTIONS, GROUP = 4, 3, 4
@@ -38,6 +39,8 @@ class Fed(Answering):
     """SIGTERM comes when the weights after so many steps are asked for an answer."""
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        if self.signal_at is not None and self.signal_at < version:  # however fast the learner is
+            until(lambda: self.signal_at is None)
         super().push(named_tensors, version)
         if self.flow:
             self.flow.push(version)

@@ -86,6 +86,9 @@ prepare() {
         FLEET=steps wanted=$FLEET_NODES
     fi
     ((nodes == wanted)) || refuse "$wanted nodes, this job has $nodes (sbatch --nodes=$wanted)"
+    if [[ $FLEET != none && -n $RESOLVED ]]; then
+        "$PYTHON" -m megatron_r1.cluster.needs --gpus-per-node="$GPUS" --elsewhere <<<"$RESOLVED" >/dev/null || exit 2
+    fi
 }
 
 refuse() {

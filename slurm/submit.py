@@ -45,7 +45,7 @@ class Placement:
     def part(self, nodes: int) -> list[str]:
         """Options of a job, or of a part of one."""
         gpus = [f"--gpus-per-node={self.gpus}"] if self.gpus else []
-        return [f"--nodes={nodes}", *gpus, "--exclusive", "--mem=0", *self.options]
+        return [f"--nodes={nodes}", *gpus, "--exclusive", "--mem=0", "--requeue", *self.options]
 
 
 def said(arguments: Sequence[str]) -> str:

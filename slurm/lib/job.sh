@@ -54,7 +54,8 @@ stage() {
     RESOLVED=$("$PYTHON" -m megatron_r1.cli run "$recipe" --stage="$name" "$@") || exit 2
     prepare
     JOBS=$(dirname "$OUTPUT")/logs/slurm PAGE=$(dirname "$OUTPUT")/report.html
-    export MEGATRON_R1_STAGE_COMMAND="bash $LIB/launch.sh"
+    printf -v MEGATRON_R1_STAGE_COMMAND 'bash %q' "$LIB/launch.sh"
+    export MEGATRON_R1_STAGE_COMMAND
     attempt "$PYTHON" -m megatron_r1.cli run "$recipe" --only="$name" "$@"
 }
 

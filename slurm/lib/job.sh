@@ -114,11 +114,8 @@ attempt() {
     "$@" &
     child=$!
     [[ -z $asked ]] || kill "-$asked" "$child"
-    while :; do
-        wait "$child"
-        code=$?
-        kill -0 "$child" 2>/dev/null || break # otherwise only a signal has come
-    done
+    await "$child"
+    code=$?
     child=''
     ended "$code"
 }

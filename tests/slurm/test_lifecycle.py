@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.end_to_end.runs import ROOT
+from tests.processes import command_line
 from tests.slurm.cluster import Slurm, until, wait
 from tests.slurm.jobs import Job
 from tests.slurm.stand_in import STEPS
@@ -119,6 +121,33 @@ def test_an_engine_that_does_not_start(jobs: Jobs, script: str) -> None:
     assert job.attempts() == ["2"]
     assert "the engines did not start; see " in job.said()
     assert jobs.runs() == []
+
+
+def test_what_keeps_engines_is_replaced_when_it_is_killed(jobs: Jobs) -> None:
+    """Three times, and the run goes on; once more, and it saves, and the job goes on anew."""
+    (jobs.output / "hold").touch()
+    job = jobs.submit("rl", *TWO_PARTS)
+    job.until(lambda: len(jobs.runs()) == 1)
+    node = job.nodes(part=1)[-1]
+
+    words = [str(STAND_IN), "-m", "megatron_r1.cluster.engines"]
+    killed: list[psutil.Process] = []
+
+    def kill_four() -> bool:
+        for process in jobs.slurm.processes(node) if len(killed) < 4 else []:
+            if process not in killed and command_line(process)[1:4] == words:
+                process.kill()
+                killed.append(process)
+        return len(killed) == 4
+
+    job.until(kill_four)
+    assert len(jobs.runs()) == 1
+    job.until(lambda: job.attempts() == ["75"])
+    (jobs.output / "hold").unlink()
+    job.end()
+    assert job.attempts() == ["75", "0"]
+    assert f"node {node}: the process that keeps its engines was killed, again and again" in job.said()
+    assert len(jobs.runs()) == 2
 
 
 def test_engines_of_another_job_that_moves(jobs: Jobs) -> None:

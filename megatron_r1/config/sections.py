@@ -236,8 +236,9 @@ class RolloutSection(Section):
     transfer_retries: NonNegativeInt = 1
     """How often a transfer that has failed is repeated, from the first tensor, before the run ends."""
     transfer_buffer_gib: PositiveFloat = 1.0
-    """GiB of tensors that `nccl` and `ipc` pack together. `nccl` takes two such buffers of the first rank's GPU and of
-    each of an engine, `ipc` one of the GPU that both share; one that is smaller than a tensor grows to its size."""
+    """GiB of tensors that `nccl` and `ipc` pack together. Of the first rank's GPU `nccl` takes three such buffers (as
+    tensors come, in one piece, on the way), of each of an engine two; `ipc` takes one of the GPU that both share. One
+    that is smaller than a tensor grows to its size."""
     arguments: list[str] = []
     """More arguments for `vllm serve`, for example `["--tensor-parallel-size=8"]`."""
 

@@ -76,8 +76,10 @@ class Setting:
     fused: bool = False
     eight: int = 0
     """Bytes of 8-bit copies of a matrix's number, beside its weight."""
-    engines: bool = False
-    """Weights go to engines."""
+    transport: str = ""
+    """Of weights to engines; empty = there are none."""
+    transfer_buffer: float = 0.0
+    """Bytes of tensors that the transports from GPU to GPU pack together."""
     reference: bool = False
     """There is a reference policy, on the host, exchanged with the policy to score."""
     offload: float = 0.0
@@ -144,11 +146,8 @@ class MemoryPlan:
         if self._setting.offload:
             # Beside what the optimizer keeps, gradients in float32.
             host["optimizer"] = state.optimizer * self._setting.offload * (1 + _FLOAT / self._setting.kept)
-        if self._setting.engines:
-            largest = max(one.numbers for one in states.held(stage)) * self._shape.config.params_dtype.itemsize
-            # The first rank puts whole tensors together, one after another; the others send their parts.
-            sent = largest if rank else 2 * largest * self._parallel.tensor
-            peaks["sync"] = (fixed + sent) * lost + groups + context
+        if self._setting.transport:
+            peaks["sync"] = (fixed + self._sent(states, stage, first=rank == 0)) * lost + groups + context
         if self._setting.reference:
             forward = max(self._once(states, stage), default=0.0)
             peaks["score"] = (fixed + state.weights + 2 * forward + logits + exchange) * lost + groups + context
@@ -174,6 +173,14 @@ class MemoryPlan:
             peaks=peaks,
             host=host,
         )
+
+    def _sent(self, states: States, stage: int, first: bool) -> float:
+        """Tensors on their way to engines: the first rank puts whole ones together, the others send their parts."""
+        largest = max(one.numbers for one in states.held(stage)) * self._shape.config.params_dtype.itemsize
+        if not first:
+            return largest
+        whole = largest * self._parallel.tensor
+        return 2 * whole + packed(self._setting.transport, self._setting.transfer_buffer, whole)
 
     def _gradient(self, state: State) -> int:
         """Bytes of a gradient."""
@@ -253,6 +260,17 @@ class MemoryPlan:
             own.tensor * own.pipeline, own.expert, own.expert_tensor, own.expert * own.expert_tensor, expert_data,
         ]  # fmt: skip
         return sum(size > 1 for size in sizes)
+
+
+def packed(transport: str, buffer: float, largest: float) -> float:
+    """Bytes of the first rank's GPU in which a transport packs tensors; `largest`: of one tensor.
+
+    Over NCCL vLLM closes a buffer with the first tensor that fills it, and holds the tensors of one, their copy in one
+    piece, and the piece before it, which is still being sent. By CUDA IPC it has one buffer, which any tensor fits in.
+    """
+    if transport == "nccl":
+        return 3 * (buffer + largest)
+    return max(buffer, largest) if transport == "ipc" else 0.0
 
 
 def unchanged(config: TransformerConfig) -> TransformerConfig:

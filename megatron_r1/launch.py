@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,7 +49,7 @@ def relaunch(processes: int, arguments: list[str], output: Path | None = None) -
         max_restarts=0,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # those at which the agent itself ends all processes
     )
-    relay = partial(_relay, psutil.Process())
+    relay = _Relay(psutil.Process())
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, relay)
     try:
@@ -64,6 +63,8 @@ def relaunch(processes: int, arguments: list[str], output: Path | None = None) -
         return next((code for code in codes if code not in ended), min(codes))
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        relay.rest()
     return 0
 
 
@@ -77,20 +78,32 @@ def _name_killed(failures: Mapping[int, Any], output: Path | None) -> None:
             print(f"megatron-r1: {last_words(output, rank)} was ended by {name}", file=sys.stderr)
 
 
-def _relay(launcher: Any, signum: int, frame: FrameType | None) -> None:
-    """Hand a signal on to the processes of the launcher; where there are none yet, end.
+class _Relay:
+    """Hands signals on to the processes of the launcher; where there are none yet, ends it.
 
     They are in sessions of their own, so a signal to the launcher's process group does not reach them. A second signal
-    may come while this runs, so it is not this that loads psutil.
+    may come while this runs, so it is not this that loads psutil; or when they have ended, and the code is theirs.
     """
-    import psutil
 
-    ranks = launcher.children()
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(signum)
-    if not ranks:
-        sys.exit(128 + signum)
+    def __init__(self, launcher: Any) -> None:
+        self._launcher = launcher
+        self._told = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        import psutil
+
+        ranks = self._launcher.children()
+        if not ranks and not self._told:
+            sys.exit(128 + signum)
+        self._told = True
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signum)
+
+    def rest(self) -> None:
+        """They have ended: signals change nothing any more, if one was handed on."""
+        for signum in (signal.SIGTERM, signal.SIGUSR1) if self._told else ():
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def end_with_launcher() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.cli import main as megatron_r1
-from megatron_r1.cluster.needs import Needs, needs
+from megatron_r1.cluster.needs import Needs, check_elsewhere, needs
 from megatron_r1.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +45,7 @@ class Placement:
     def part(self, nodes: int) -> list[str]:
         """Options of a job, or of a part of one."""
         gpus = [f"--gpus-per-node={self.gpus}"] if self.gpus else []
-        return [f"--nodes={nodes}", *gpus, "--exclusive", "--mem=0", *self.options]
+        return [f"--nodes={nodes}", *gpus, "--exclusive", "--mem=0", "--requeue", *self.options]
 
 
 def said(arguments: Sequence[str]) -> str:
@@ -56,6 +56,19 @@ def said(arguments: Sequence[str]) -> str:
     if code:
         sys.exit(code)
     return output.getvalue()
+
+
+def needed(resolved: str, place: Placement) -> Needs:
+    """What a resolved run file asks for.
+
+    Raises:
+        ConfigError: nodes cannot serve it, or not with its engines where they will be.
+    """
+    run = tomllib.loads(resolved)
+    wanted = needs(run, place.gpus)
+    if (place.fleet != "local") if wanted.trains else (len(wanted.fleet) > 1):
+        check_elsewhere(run)
+    return wanted
 
 
 def command(wanted: Needs, place: Placement, name: str, script: str, arguments: Sequence[str]) -> list[str]:
@@ -84,7 +97,7 @@ def submit(line: list[str], dry_run: bool) -> str:
 
 def single(verb: str, arguments: list[str], place: Placement, dry_run: bool) -> list[str]:
     """The job of one run file, or its two."""
-    wanted = needs(tomllib.loads(said([*verb.split(), *arguments, "--dry-run"])), place.gpus)
+    wanted = needed(said([*verb.split(), *arguments, "--dry-run"]), place)
     if verb == "rl" and place.fleet == "job" and wanted.fleet:
         engines = Needs(wanted.output, False, 1, 1, wanted.fleet)
         lines = [
@@ -107,9 +120,9 @@ def recipe(file: str, overrides: list[str], place: Placement, dry_run: bool) -> 
             sys.exit(missing)
         print(missing, file=sys.stderr)
     left = [stage["stage"] for stage in graph["stages"] if stage["state"] != "done"]
+    stages = {name: needed(said(["run", file, *overrides, "--stage", name]), place) for name in left}
     jobs: list[str] = []
-    for name in left:
-        wanted = needs(tomllib.loads(said(["run", file, *overrides, "--stage", name])), place.gpus)
+    for name, wanted in stages.items():
         line = command(wanted, place, name, "stage.sbatch", [file, name, *overrides])
         if jobs:
             line[1:1] = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"]

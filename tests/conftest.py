@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ max_tokens = 32
 [optim]
 lr = 1e-4
 """
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A run that was asked to end is deaf from then on (`checkpoint/signals.py`), and a test after it is not."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from megatron_r1.launch import _Relay
 
 ROOT = Path(__file__).parents[1]
 # Python imports this module at its start. It stands in for the verb's own code; everything around it is real.
@@ -114,6 +117,22 @@ def test_a_signal_is_handed_on(waiting: Started, sent: signal.Signals, expected:
     assert (code, output) == (expected, "")
     [line] = errors.splitlines()
     assert line.startswith("megatron-r1 rl: interrupted")
+
+
+def test_a_signal_after_their_end_leaves_their_exit_code() -> None:
+    told: list[int] = []
+    rank = types.SimpleNamespace(send_signal=told.append)
+    left = [[rank], [], []]
+    relay = _Relay(types.SimpleNamespace(children=lambda: left.pop(0)))
+    relay(signal.SIGUSR1, None)
+    relay(signal.SIGUSR1, None)
+    relay(signal.SIGTERM, None)
+    assert told == [signal.SIGUSR1]
+    relay.rest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        _Relay(types.SimpleNamespace(children=list))(signal.SIGUSR1, None)
+    assert ended.value.code == 138, "none has begun"
 
 
 def test_a_killed_launcher_takes_its_processes_along(waiting: Started) -> None:

@@ -1,7 +1,9 @@
 """Signals that ask a training run to save and to end.
 
 SIGTERM is what schedulers send before they kill; SIGUSR1 is what Slurm sends ahead of time (`--signal=B:USR1@120`). A
-handler only notes them: the loop ends when a step is whole and saved.
+handler only notes them: the loop ends when a step is whole and saved. A process that has been asked so hears no further
+signal when it has left the loop: schedulers send several, and none may break off what is put away, or change the exit
+code.
 """
 
 import os
@@ -34,19 +36,21 @@ class Requests:
 
     def __init__(self, grace: float) -> None:
         self.asked = False
-        self._grace, self._expired = grace, threading.Event()
+        self._grace, self._expired, self._reached = grace, threading.Event(), False
         self._timer = self._new_timer()
 
     def reached(self) -> None:
-        """The step has ended in time: saving may take as long as it needs."""
+        """The step has ended in time: saving, and all that comes after it, may take as long as it needs."""
+        self._reached = True
         self._timer.cancel()
         self._expired.clear()
 
     def note(self, signum: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         if self._expired.is_set():
+            self.reached()  # this ends it, and no further signal
             sys.exit(128 + signal.SIGTERM)
-        if signum == signal.SIGTERM and not self._timer.ident:
+        if signum == signal.SIGTERM and not self._timer.ident and not self._reached:
             self._timer.start()
         self.asked = True
 
@@ -61,12 +65,13 @@ class Requests:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Note signals during the block."""
-        self._timer = self._new_timer()
+        """Note signals during the block; if a rank has heard one, they are ignored afterwards."""
+        self._timer, self._reached = self._new_timer(), False
         before = {signum: signal.signal(signum, self.note) for signum in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
         finally:
+            ending = self.asked or self._reached
             self.reached()
             for signum, handler in before.items():
-                signal.signal(signum, handler)
+                signal.signal(signum, signal.SIG_IGN if ending else handler)

@@ -6,6 +6,9 @@
 here is what the run itself would start on its own node, but for the address: these engines listen where other nodes can
 reach them, and answer those alone who show the token that the environment holds. When those of a node are ready,
 `DIR/<node>.engines` says where each of them is; of an engine that spans nodes its first node says it.
+
+A process that is killed takes its node's engines with it, and `slurm/lib/task.sh` starts another in its place, which
+begins them anew.
 """
 
 import argparse
@@ -18,14 +21,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_r1.cluster.needs import engines, needs
 from megatron_r1.cluster.parts import Follower, Head, Place
 from megatron_r1.errors import ConfigError, UserError
 from megatron_r1.rollout.client import wait_until_healthy
 from megatron_r1.rollout.member import START_KEY
+from megatron_r1.rollout.server import SUPERVISOR_MODULE
 from megatron_r1.rollout.token_gate import TOKEN_VARIABLE
 
 POLL_SECONDS = 1.0
+ENDING_SECONDS = 60.0
+"""For engines whose process here was killed to be gone: their own supervisors see to it."""
 
 
 def serve(run: dict[str, Any], node: int, gpus_per_node: int, address: str, folder: Path) -> None:
@@ -37,6 +45,8 @@ def serve(run: dict[str, Any], node: int, gpus_per_node: int, address: str, fold
     """
     if not (token := os.environ.get(TOKEN_VARIABLE, "")):
         raise ConfigError(f"the environment variable {TOKEN_VARIABLE} holds no token")
+    announcement = _announcement(folder, node)
+    replaces = after_another(folder, node)
     fleet = needs(run, gpus_per_node).fleet
     if node >= len(fleet):
         raise ConfigError(f"node {node}: the run file asks for {len(fleet)} nodes of engines")
@@ -47,17 +57,36 @@ def serve(run: dict[str, Any], node: int, gpus_per_node: int, address: str, fold
         for part in fleet[node]:
             devices = [next(free) for _ in range(part.gpus)] if gpus_per_node else None
             place = Place(numbers[part.engine.key, part.engine.index], devices, address, folder, token)
-            one = Follower(part, place, _announcement(folder, node - part.rank)) if part.rank else Head(part, place)
+            of_head = _announcement(folder, node - part.rank)
+            one = Follower(part, place, of_head, replaces) if part.rank else Head(part, place)
             stack.callback(one.close)
             running.append(one)
         heads = [one for one in running if isinstance(one, Head)]
-        if heads:
-            _wait(heads)
-        announce(heads, _announcement(folder, node))
+        if not announcement.exists():  # those of one that was replaced are known, and looked after at once
+            if heads:
+                _wait(heads)
+            announce(heads, announcement)
         while True:
             for one in running:
                 one.look()
             time.sleep(POLL_SECONDS)
+
+
+def after_another(folder: Path, node: int) -> bool:
+    """Whether a process like this one was on the node before; waits until what it has run is gone."""
+    file = folder / f"{node}.pid"
+    before = file.read_text() if file.exists() else ""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while before and _guarded(before) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    file.write_text(str(os.getpid()))
+    return bool(before)
+
+
+def _guarded(starter: str) -> bool:
+    """Are there engines left that a process has started? Their supervisors have its number on their command line."""
+    lines = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return any(line[1:4] == ["-m", SUPERVISOR_MODULE, starter] for line in lines)
 
 
 def announce(heads: list[Head], file: Path) -> None:

@@ -19,12 +19,15 @@ from typing import Any, TypeVar
 from megatron_r1.config.asynchrony import AheadSection
 from megatron_r1.config.engine_arguments import PLACEMENT, by_name, ranks
 from megatron_r1.config.evaluation import NucleusSection
+from megatron_r1.config.load import validate
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import ParallelSection, RolloutSection
 from megatron_r1.errors import ConfigError, UserError
 
 S = TypeVar("S", bound=Section)
+ELSEWHERE = "http://node:1"
+"""Stands for an address that is not known before the engines run."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,19 @@ def engines(run: dict[str, Any], key: str = "") -> Iterator[Engine]:
         yield Engine(f"{key}reward_models.{name}.address", 0, server.path, server.dtype, server)
 
 
+def check_elsewhere(run: dict[str, Any]) -> None:
+    """Look whether the engines of a resolved run file can be on nodes of their own, before there are any.
+
+    Raises:
+        ConfigError: a setting that goes with engines beside the trainer alone, as the run says it when it is told their
+            addresses.
+    """
+    for engine in engines(run):
+        if isinstance(engine.section, RolloutSection):
+            told = engine.section.model_dump(mode="json", exclude_none=True) | {"addresses": [ELSEWHERE]}
+            validate(type(engine.section), told, where=engine.key.removesuffix(".addresses"))
+
+
 def _known(kind: type[S], part: dict[str, Any]) -> S:
     """The section, without keys that only a verb's own kind of it has."""
     return kind.model_validate({name: value for name, value in part.items() if name in kind.model_fields})
@@ -156,7 +172,7 @@ def deal(wanted: Sequence[Engine], gpus_per_node: int) -> list[list[Part]]:
     """What each node runs: as many engines, in their order, as its GPUs serve; a larger one has nodes of its own.
 
     Raises:
-        ConfigError: an engine that nodes cannot share evenly, or that weights cannot reach on more than one node.
+        ConfigError: an engine that nodes cannot share evenly.
     """
     per_node = max(gpus_per_node, 1)
     nodes: list[list[Part]] = []
@@ -179,7 +195,7 @@ def spanned(engine: Engine, per_node: int) -> int:
     """Nodes of an engine that is larger than one: the fewest, if each runs whole replicas or an even share of one.
 
     Raises:
-        ConfigError: it does not divide so, or its transport of weights stays on one node.
+        ConfigError: it does not divide so.
     """
     tensor, pipeline, data = ranks(engine.section.arguments)
     replica, count = tensor * pipeline, math.ceil(engine.gpus / per_node)
@@ -190,10 +206,6 @@ def spanned(engine: Engine, per_node: int) -> int:
             f"which {count} nodes of {per_node} cannot share evenly, with whole replicas of {replica} GPUs on each, "
             "or whole nodes to each replica: change the sizes in `arguments`"
         )
-    if isinstance(engine.section, RolloutSection) and engine.section.transport == "shared_memory":
-        raise ConfigError(
-            f'{engine.key}: transport = "shared_memory" does not reach the {count} nodes of an engine: "disk" does'
-        )
     return count
 
 
@@ -201,9 +213,13 @@ def main() -> int:
     """Print the assignments; 2 where the run file cannot be served."""
     parser = argparse.ArgumentParser(description="What a run file asks of a cluster.")
     parser.add_argument("--gpus-per-node", type=int, default=0)
+    parser.add_argument("--elsewhere", action="store_true", help="its engines will be on nodes of their own: can they?")
     options = parser.parse_args()
     try:
-        print(needs(tomllib.loads(sys.stdin.read()), options.gpus_per_node).assignments())
+        run = tomllib.loads(sys.stdin.read())
+        print(needs(run, options.gpus_per_node).assignments())
+        if options.elsewhere:
+            check_elsewhere(run)
     except UserError as error:
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 2

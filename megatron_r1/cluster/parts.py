@@ -116,15 +116,24 @@ class Follower:
 
     Args:
         announced: the file in which the head's node says that the engine can be asked.
+        replaces: another that was killed, and its part with it. What is left of the engine waits for that part.
+
+    Raises:
+        EngineError: that was before the engine could be asked for the first time.
     """
 
-    def __init__(self, part: Part, place: Place, announced: Path) -> None:
+    def __init__(self, part: Part, place: Place, announced: Path, replaces: bool = False) -> None:
         self.part, self.place = part, place
         self._announced = announced
         self._lives = Lives(place.folder, place.number)
         self._life: Life | None = None
         self._server: Server | None = None
         self._lost = False
+        if replaces and (life := self._lives.current()):
+            if not announced.exists():
+                raise EngineError(f"part {part.rank} of an engine was killed while the engine started")
+            self._life = life
+            self._lose(life)
 
     def look(self) -> None:
         """Start for a new life of the engine; tell the head if this part has died.
@@ -144,8 +153,12 @@ class Follower:
             print(
                 f"{_log(self.place, self.part.rank).name}: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True
             )
-            self._lives.lose(self._life, self.part.rank)
-            self._lost = True
+            self._lose(self._life)
+
+    def _lose(self, life: Life) -> None:
+        """Tell the head, once."""
+        self._lives.lose(life, self.part.rank)
+        self._lost = True
 
     def close(self) -> None:
         if self._server:

@@ -236,8 +236,9 @@ class RolloutSection(Section):
     transfer_retries: NonNegativeInt = 1
     """How often a transfer that has failed is repeated, from the first tensor, before the run ends."""
     transfer_buffer_gib: PositiveFloat = 1.0
-    """GiB of tensors that `nccl` and `ipc` pack together. `nccl` takes two such buffers of the first rank's GPU and of
-    each of an engine, `ipc` one of the GPU that both share; one that is smaller than a tensor grows to its size."""
+    """GiB of tensors that `nccl` and `ipc` pack together. Of the first rank's GPU `nccl` takes three such buffers (as
+    tensors come, in one piece, on the way), of each of an engine two; `ipc` takes one of the GPU that both share. One
+    that is smaller than a tensor grows to its size."""
     arguments: list[str] = []
     """More arguments for `vllm serve`, for example `["--tensor-parallel-size=8"]`."""
 
@@ -286,11 +287,16 @@ class RolloutSection(Section):
         if self.transport == "nccl" and ranks(self.arguments)[2] > 1:
             raise ValueError('transport = "nccl" knows no data-parallel replicas: choose "disk"')
         if self.sleep and self.addresses:
-            raise ValueError("sleep is for engines that the run starts beside itself: leave out addresses")
+            raise ValueError(
+                "sleep gives a GPU's memory back to the trainer, which has no GPU of engines on other nodes, at "
+                "addresses: leave it out"
+            )
+        if self.first_gpu is not None and self.addresses:
+            raise ValueError("first_gpu is for engines that the run starts on its own node, not for those at addresses")
         if self.transport == "ipc" and not self.on_first_rank_gpu:
             raise ValueError(
-                'transport = "ipc" reaches engines of one GPU that the trainer\'s first rank has, too: leave out '
-                'addresses, first_gpu and parallel sizes, or choose "nccl" or "shared_memory"'
+                'transport = "ipc" reaches engines of one GPU that the trainer\'s first rank has, too, without '
+                'addresses, first_gpu or parallel sizes: choose "nccl" or, on other nodes, "disk"'
             )
         return self
 

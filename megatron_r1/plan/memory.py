@@ -43,7 +43,7 @@ class RankMemory:
     communication: float
     context: float
     peaks: dict[str, float]
-    """At load, train and save; in reinforcement learning also at score and sync."""
+    """At load, train and save; in reinforcement learning also at score, sync and wake."""
     host: dict[str, float]
     """On its host: the reference policy, what a checkpoint copies, the part of the optimizer that lies there."""
 
@@ -76,8 +76,10 @@ class Setting:
     fused: bool = False
     eight: int = 0
     """Bytes of 8-bit copies of a matrix's number, beside its weight."""
-    engines: bool = False
-    """Weights go to engines."""
+    transport: str = ""
+    """Of weights to engines; empty = there are none."""
+    transfer_buffer: float = 0.0
+    """Bytes of tensors that the transports from GPU to GPU pack together."""
     shared_gpus: int = 0
     """GPUs of the first ranks that engines have, too."""
     engine: float = 0.0
@@ -150,20 +152,16 @@ class MemoryPlan:
         if self._setting.offload:
             # Beside what the optimizer keeps, gradients in float32.
             host["optimizer"] = state.optimizer * self._setting.offload * (1 + _FLOAT / self._setting.kept)
-        if self._setting.engines:
-            largest = max(one.numbers for one in states.held(stage)) * self._shape.config.params_dtype.itemsize
-            # The first rank puts whole tensors together, one after another; the others send their parts.
-            sent = largest if rank else 2 * largest * self._parallel.tensor
-            peaks["sync"] = (fixed + sent) * lost + groups + context
+        if self._setting.transport:
+            peaks["sync"] = (fixed + self._sent(states, stage, first=rank == 0)) * lost + groups + context
         if self._setting.reference:
             forward = max(self._once(states, stage), default=0.0)
             peaks["score"] = (fixed + state.weights + 2 * forward + logits + exchange) * lost + groups + context
             host["reference policy"] = float(state.weights)
         if rank < self._setting.shared_gpus:
+            wake = peaks["sync"] + self._setting.engine  # new weights come to engines that are awake
             asleep = self._hardware.context if self._setting.sleeps else self._setting.engine
-            peaks = {phase: peak + asleep for phase, peak in peaks.items()}
-            # New weights come to engines that are awake, beside all that the trainer keeps.
-            peaks["wake"] = fixed * lost + groups + context + self._setting.engine
+            peaks = {phase: peak + asleep for phase, peak in peaks.items()} | {"wake": wake}
         if self._setting.asynchronous:
             host["checkpoint"] = float(state.weights + state.optimizer)
         return RankMemory(
@@ -185,6 +183,14 @@ class MemoryPlan:
             peaks=peaks,
             host=host,
         )
+
+    def _sent(self, states: States, stage: int, first: bool) -> float:
+        """Tensors on their way to engines: the first rank puts whole ones together, the others send their parts."""
+        largest = max(one.numbers for one in states.held(stage)) * self._shape.config.params_dtype.itemsize
+        if not first:
+            return largest
+        whole = largest * self._parallel.tensor
+        return 2 * whole + packed(self._setting.transport, self._setting.transfer_buffer, whole)
 
     def _gradient(self, state: State) -> int:
         """Bytes of a gradient."""
@@ -264,6 +270,17 @@ class MemoryPlan:
             own.tensor * own.pipeline, own.expert, own.expert_tensor, own.expert * own.expert_tensor, expert_data,
         ]  # fmt: skip
         return sum(size > 1 for size in sizes)
+
+
+def packed(transport: str, buffer: float, largest: float) -> float:
+    """Bytes of the first rank's GPU in which a transport packs tensors; `largest`: of one tensor.
+
+    Over NCCL vLLM closes a buffer with the first tensor that fills it, and holds the tensors of one, their copy in one
+    piece, and the piece before it, which is still being sent. By CUDA IPC it has one buffer, which any tensor fits in.
+    """
+    if transport == "nccl":
+        return 3 * (buffer + largest)
+    return max(buffer, largest) if transport == "ipc" else 0.0
 
 
 def unchanged(config: TransformerConfig) -> TransformerConfig:

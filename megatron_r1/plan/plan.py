@@ -235,7 +235,8 @@ def _setting(run: Run, precision: Precision, hardware: Hardware) -> Setting:
         fused=choose(run.model, GPUS).fused,
         # Matrices in rows and in columns; where these are the weights themselves, they are as large as in bfloat16.
         eight=2 if fp8 and not fp8.parameters else 0,
-        engines=isinstance(run, RLConfig),
+        transport=run.rollout.chosen_transport if isinstance(run, RLConfig) else "",
+        transfer_buffer=run.rollout.transfer_buffer_gib * GIB if isinstance(run, RLConfig) else 0.0,
         shared_gpus=shared,
         engine=engine,
         sleeps=isinstance(run, RLConfig) and run.rollout.sleep,

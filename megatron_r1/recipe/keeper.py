@@ -31,6 +31,8 @@ def main() -> int:
             verb.terminate()
             _alive(verb, GRACE_SECONDS)
             os.killpg(0, signal.SIGKILL)
+    for asking in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(asking, signal.SIG_IGN)  # Python's end would make it deadly, and the code is the verb's
     return verb.returncode if verb.returncode >= 0 else 128 - verb.returncode
 
 

@@ -41,7 +41,8 @@ def environment() -> dict[str, str]:
 def run_verb(verb: str, config: Path, lock: int, quiet: bool, watch: Callable[[], None]) -> tuple[int, int]:
     """Run `megatron-r1 <verb> <config>` with its console passed through, and wait for it.
 
-    SIGTERM and SIGUSR1 are handed on to it, and it takes the time that it needs to save; Ctrl-C gives it a minute.
+    SIGTERM and SIGUSR1 are handed on to it, and it takes the time that it needs to save; Ctrl-C gives it a minute. When
+    one was handed on and the verb has ended, this process hears no more of them: it ends with the verb's code.
 
     Args:
         verb: as on the command line.
@@ -86,7 +87,7 @@ def run_verb(verb: str, config: Path, lock: int, quiet: bool, watch: Callable[[]
         raise
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if asked else handler)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(keeper.pid, signal.SIGKILL)
         keeper.wait()

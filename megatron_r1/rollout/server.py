@@ -43,6 +43,7 @@ ServedSection = RolloutSection | RewardModelServerSection | TextServerSection
 """All have the keys that any server of ours reads: max_num_seqs, kv_cache_gib, threads, arguments."""
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 HEADLESS_MODULE = "megatron_r1.rollout.headless"
+SUPERVISOR_MODULE = "megatron_r1.rollout.supervisor"
 RECORDING_ON_CPU = "megatron_r1.rollout.recording_cpu"
 """Stands in for `SERVER_MODULE` where vLLM cannot record experts by itself."""
 OWN_EXECUTOR_ARGUMENTS = (
@@ -106,7 +107,7 @@ class Server:
         with log.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_r1.rollout.supervisor", str(os.getpid()), *command],
+                [sys.executable, "-m", SUPERVISOR_MODULE, str(os.getpid()), *command],
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -19,7 +19,7 @@ class Interruptions:
     """Raises where a run waits; what else a signal does is left to who listened before (`Checkpoints.running`)."""
 
     def __init__(self) -> None:
-        self._asked = self._waiting = False
+        self._asked = self._waiting = self._raised = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -28,10 +28,12 @@ class Interruptions:
 
         def note(signum: int, frame: FrameType | None) -> None:
             self._asked = True
+            if self._raised:
+                return  # a second signal must not break off what is done about the first, nor have a clock run for it
             if callable(handler := before[signal.Signals(signum)]):
                 handler(signum, frame)
             if self._waiting:
-                self._waiting = False  # once: a second signal must not break off what is done about the first
+                self._raised = True
                 raise InterruptionError
 
         for signum in before:
@@ -52,6 +54,7 @@ class Interruptions:
         self._waiting = True
         try:
             if self._asked:
+                self._raised = True
                 raise InterruptionError
             yield
         finally:

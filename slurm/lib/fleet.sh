@@ -9,7 +9,7 @@
     mkdir -p "$folder/exits"
     echo "$SLURM_JOB_ID" >"$JOBS/fleet_job" # what the trainer cancels when it is done
     MEGATRON_R1_ENGINE_TOKEN=$(token)
-    export MEGATRON_R1_ENGINE_TOKEN MEGATRON_R1_EXITS=$folder/exits
+    export MEGATRON_R1_ENGINE_TOKEN MEGATRON_R1_EXITS=$folder/exits MEGATRON_R1_ANNOUNCED=$folder
 
     asked=''
     trap 'asked=138' USR1
@@ -29,6 +29,10 @@
             say "the engines did not start; see $folder"
             asked=$(start_failure "$MEGATRON_R1_EXITS")
             continue
+        elif [[ -n $known ]] && killed_for_good "$MEGATRON_R1_EXITS"; then
+            say "the job begins anew"
+            asked=137
+            continue
         fi
         sleep 1 &
         wait $!
@@ -38,8 +42,7 @@
         [[ -z $known ]] || ((asked == 143)) || sleep 15 # for the trainer to see that the file is gone, and to save
         kill -USR1 $engines 2>/dev/null
     fi
-    while kill -0 $engines 2>/dev/null; do wait $engines; done
-    wait $engines
+    await $engines
     code=$?
     exit "${asked:-$((code > 0 ? code : 1))}"
 }

@@ -54,7 +54,8 @@ stage() {
     RESOLVED=$("$PYTHON" -m megatron_r1.cli run "$recipe" --stage="$name" "$@") || exit 2
     prepare
     JOBS=$(dirname "$OUTPUT")/logs/slurm PAGE=$(dirname "$OUTPUT")/report.html
-    export MEGATRON_R1_STAGE_COMMAND="bash $LIB/launch.sh"
+    printf -v MEGATRON_R1_STAGE_COMMAND 'bash %q' "$LIB/launch.sh"
+    export MEGATRON_R1_STAGE_COMMAND
     attempt "$PYTHON" -m megatron_r1.cli run "$recipe" --only="$name" "$@"
 }
 
@@ -86,6 +87,9 @@ prepare() {
         FLEET=steps wanted=$FLEET_NODES
     fi
     ((nodes == wanted)) || refuse "$wanted nodes, this job has $nodes (sbatch --nodes=$wanted)"
+    if [[ $FLEET != none && -n $RESOLVED ]]; then
+        "$PYTHON" -m megatron_r1.cluster.needs --gpus-per-node="$GPUS" --elsewhere <<<"$RESOLVED" >/dev/null || exit 2
+    fi
 }
 
 refuse() {
@@ -110,11 +114,8 @@ attempt() {
     "$@" &
     child=$!
     [[ -z $asked ]] || kill "-$asked" "$child"
-    while :; do
-        wait "$child"
-        code=$?
-        kill -0 "$child" 2>/dev/null || break # otherwise only a signal has come
-    done
+    await "$child"
+    code=$?
     child=''
     ended "$code"
 }

@@ -18,16 +18,6 @@ trap 'ask USR1' USR1
 trap 'ask TERM' TERM
 trap 'end_engines' EXIT
 
-# Wait for a process through any number of signals.
-await() {
-    local code
-    while :; do
-        wait "$1"
-        code=$?
-        kill -0 "$1" 2>/dev/null || return $code
-    done
-}
-
 # A pause that signals end.
 pause() {
     sleep "$1" &
@@ -49,8 +39,8 @@ start_engines() {
     export MEGATRON_R1_ENGINE_TOKEN
     MEGATRON_R1_ENGINE_TOKEN=$(token)
     say "starting engines on $FLEET_NODES nodes; their logs: $folder"
-    kill_others=0 task "$FLEET_NODES" 1 "$folder/node-%n.log" "$folder/exits" megatron_r1.cluster.engines \
-        "$MEGATRON_R1_ATTEMPT/run.toml" --gpus-per-node="$GPUS" --folder="$folder" &
+    MEGATRON_R1_ANNOUNCED=$folder kill_others=0 task "$FLEET_NODES" 1 "$folder/node-%n.log" "$folder/exits" \
+        megatron_r1.cluster.engines "$MEGATRON_R1_ATTEMPT/run.toml" --gpus-per-node="$GPUS" --folder="$folder" &
     fleet=$!
     until (($(find "$folder" -name '[!.]*.engines' | wc -l) == FLEET_NODES)); do
         [[ -z $asked ]] || return 138 # nothing has begun yet
@@ -60,6 +50,17 @@ start_engines() {
             return "$(start_failure "$folder/exits")"
         fi
         pause 1
+    done
+}
+
+# While the verb runs: when a node can keep no engines any more, the run saves, and the job goes on elsewhere.
+watch_engines() {
+    while sleep 5; do
+        if killed_for_good "$folder/exits"; then
+            say "the run saves, and the job begins anew"
+            kill -USR1 "$learner"
+            return
+        fi
     done
 }
 
@@ -150,8 +151,12 @@ run_with_fleet_job() {
             start_engines || exit
             mapfile -t options < <(engines_overrides "$folder")
             begin_verb "$@" "${options[@]}"
+            watch_engines &
+            watch=$!
             ;;
     esac
     end_verb
-    exit
+    code=$?
+    [[ -z ${watch:-} ]] || kill "$watch" 2>/dev/null
+    exit $code
 }

@@ -38,7 +38,7 @@ check_health() {
         # What waits for a driver or a file system that hangs never ends by itself.
         limit=900 kill_others=0 step "$group" "$(node_list $group | wc -l)" "$per_node" "$folder/all.log" \
             "$TASK_PYTHON" -m megatron_r1.cluster.health --folder="$folder" --gpus="$GPUS" --path="$JOBS" \
-            --store="$first:$((${MASTER##*:} + 1 + group))" &
+            --store="$first:$((${MASTER##*:} + 1 + group))" --nodes="$(node_list $group | paste -sd ,)" &
     done
     wait
     [[ -z $asked ]] || ended 143

@@ -32,6 +32,12 @@ step() {
         --wait=0 --output="$log" --open-mode=append "${container[@]}" "$@"
 }
 
+# await PID: its exit code, whatever signals come meanwhile; one ends a `wait`, with a code of its own.
+await() {
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1"
+}
+
 # node_list GROUP: names of the nodes of a part of the job, one a line.
 node_list() {
     local nodes=SLURM_JOB_NODELIST_HET_GROUP_$1
@@ -68,6 +74,18 @@ engines_overrides() {
 # any_ended EXITS: has a node's task ended?
 any_ended() {
     [[ -n $(find "$1" -type f -print -quit 2>/dev/null) ]]
+}
+
+# killed_for_good EXITS: has a node's task been ended by signals, so often that task.sh has given it up? Says which.
+killed_for_good() {
+    local file found=1
+    for file in "$1"/*; do
+        if [[ -f $file && $(<"$file") -gt 128 ]]; then
+            say "node ${file##*/}: the process that keeps its engines was killed, again and again (exit code $(<"$file"))"
+            found=0
+        fi
+    done
+    return $found
 }
 
 # start_failure EXITS: the code of an attempt whose engines did not start, 2 where somebody has to mend the run file

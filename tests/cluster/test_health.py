@@ -1,13 +1,13 @@
 """What makes a node bad, and who meets whom."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_r1.cluster.health import pairs
+from megatron_r1.cluster.health import MissingError, meet, pairs
+from megatron_r1.cluster.lives import free_ports
 from megatron_r1.cluster.node_checks import Findings, disk, graphics, look
 
 WELL = "0, 4, 0, No, No, Not Active, Not Active\n1, 4, 0, No, No, Not Active, Not Active\n"
@@ -70,16 +70,14 @@ def test_each_node_meets_two_others(nodes: int) -> None:
 
 
 def test_two_nodes_meet(tmp_path: Path) -> None:
-    """Their all-reduces are over, and a node that never comes is noticed by its missing file alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "megatron_r1.cluster.health", f"--folder={tmp_path}", f"--store=127.0.0.1:{port}"]
+    """Their all-reduces are over."""
+    store = f"--store=127.0.0.1:{free_ports('127.0.0.1', 1)[0]}"
+    command = [sys.executable, "-m", "megatron_r1.cluster.health", f"--folder={tmp_path}", store]
     ranks = [
         subprocess.Popen(
-            [*command, "--gpus=0", f"--path={tmp_path}"],
-            env={"SLURM_NODEID": str(node), "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": f"n{node}",
-                 "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])},
+            [*command, "--gpus=0", f"--path={tmp_path}", "--nodes=n0,n1"],
+            env={"SLURM_NODEID": str(node), "SLURM_LOCALID": "0", "PATH": "/usr/bin:/bin",
+                 "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for node in range(2)
     ]  # fmt: skip
@@ -88,3 +86,19 @@ def test_two_nodes_meet(tmp_path: Path) -> None:
         lines = (tmp_path / f"n{node}").read_text().splitlines()
         assert not [line for line in lines if "all-reduce" in line or "clock" in line], lines
         assert [line for line in lines if line.startswith("note: pair/0-1: ")]
+
+
+def test_nodes_that_do_not_come_are_named() -> None:
+    """One has not begun, of another one of two ranks has not; those that are there do not wait for ever."""
+    address, nodes = f"127.0.0.1:{free_ports('127.0.0.1', 1)[0]}", ["n1", "n2", "n3"]
+    met = [meet(address, node, nodes, local, 2) for node, local in ((0, 0), (0, 1), (1, 0))]
+    first, second, third = (one for one in met if one)
+    for one in (first, second):
+        one.store.add(f"here/{one.node}", 1)
+        one.store.add("here", 1)
+    with pytest.raises(MissingError, match=r"not here after 0\.2 s, so nothing was compared: n2, n3$"):
+        third.gather(0.2)
+
+
+def test_the_first_node_can_be_gone() -> None:
+    assert meet(f"127.0.0.1:{free_ports('127.0.0.1', 1)[0]}", 1, ["n1", "n2"], 0, 1, seconds=1) is None

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
-from megatron_r1.cluster.needs import deal, engines, needs, trainer
+from megatron_r1.cluster.needs import check_elsewhere, deal, engines, needs, trainer
+from megatron_r1.config.load import load
+from megatron_r1.config.runs import RLConfig
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError
 
@@ -140,11 +143,33 @@ def test_where_ranks_are_is_refused_in_the_run_file(given: str) -> None:
         needs(rl(rollout=rollout(1, "-tp=16", *given.split())), 8)
 
 
-def test_shared_memory_does_not_span_nodes() -> None:
-    shared = {"transport": "shared_memory"}
-    assert len(needs(rl(rollout=rollout(1, "-tp=8") | shared), 8).fleet) == 1
-    with pytest.raises(ConfigError, match='does not reach the 2 nodes of an engine: "disk" does'):
-        needs(rl(rollout=rollout(1, "-tp=16") | shared), 8)
+@pytest.mark.parametrize(
+    "setting", ["sleep=true", "transport=shared_memory", "transport=ipc", "first_gpu=4", "transport=disk"]
+)
+def test_what_does_not_go_with_engines_elsewhere_is_refused_as_the_run_refuses_it(rl_file: Path, setting: str) -> None:
+    """Before any engine has an address, in the words that the run has for engines at addresses."""
+    own, there = f"--rollout.{setting}", '--rollout.addresses=["http://node7:8700"]'
+    run = load(rl_file, [own], RLConfig).model_dump(mode="json", exclude_none=True)
+    if setting == "transport=disk":
+        check_elsewhere(run)
+        load(rl_file, [own, there], RLConfig)
+        return
+    with pytest.raises(ConfigError) as early:
+        check_elsewhere(run)
+    with pytest.raises(ConfigError) as late:
+        load(rl_file, [own, there], RLConfig)
+    assert str(late.value) == f"{rl_file}: {early.value}"
+
+
+def test_the_shell_is_told_of_engines_that_cannot_be_elsewhere(rl_file: Path) -> None:
+    run = tomli_w.dumps(load(rl_file, ["--rollout.sleep=true"], RLConfig).model_dump(mode="json", exclude_none=True))
+    command = [sys.executable, "-m", "megatron_r1.cluster.needs", "--gpus-per-node=8"]
+    found = [
+        subprocess.run([*command, *more], input=run, text=True, capture_output=True, check=False)
+        for more in ([], ["--elsewhere"])
+    ]
+    assert [done.returncode for done in found] == [0, 2]
+    assert "rollout: sleep gives a GPU's memory back" in found[1].stderr
 
 
 def test_every_model_of_collect_has_its_engines() -> None:

@@ -3,22 +3,27 @@
 import argparse
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import megatron_r1.cluster.parts
+from megatron_r1.cluster.engines import after_another
 from megatron_r1.cluster.lives import Life, Lives
 from megatron_r1.cluster.needs import Part, deal, engines
 from megatron_r1.cluster.parts import Follower, Head, Place, part_arguments, part_variables
 from megatron_r1.errors import EngineError
-from megatron_r1.rollout.server import HEADLESS_MODULE, SERVER_MODULE, Server
+from megatron_r1.rollout.server import HEADLESS_MODULE, SERVER_MODULE, SUPERVISOR_MODULE, Server
+from tests.processes import command_line
 from tests.rollout.tiny_classifier import write_llama, write_tokenizer
 from tests.rollout.tiny_model import free_port, rollout_section, write_model
 
@@ -172,6 +177,59 @@ def test_the_parts_of_an_engine_begin_anew_together(scripted: tuple[Head, Follow
     kill(head.server)
     with pytest.raises(EngineError, match="has ended"):  # twice is max_restarts
         head.look()
+
+
+def test_what_replaces_a_killed_follower_gives_up_the_life_that_was(
+    scripted: tuple[Head, Follower], tmp_path: Path
+) -> None:
+    """The head waits for a part that is gone, and would for ever."""
+    head, follower = scripted
+    follower.look()
+    kill(follower._server)
+    announced = tmp_path / "0.engines"
+    with pytest.raises(EngineError, match="killed while the engine started"):
+        Follower(follower.part, follower.place, announced, replaces=True)
+    announced.touch()
+    another = Follower(follower.part, follower.place, announced, replaces=True)
+    try:
+        another.look()
+        assert another._server is None, "nothing can join what has begun"
+        head.look()
+        another.look()
+        assert another._server is not None
+        assert another._server.alive()
+        assert another._life == Lives(tmp_path, 3).current()
+        assert head.failures == 1
+    finally:
+        another.close()
+
+
+def test_one_that_replaces_another_waits_for_its_engines_to_end(tmp_path: Path) -> None:
+    """They listen at the ports that it needs."""
+    assert not after_another(tmp_path, 0)
+    assert (tmp_path / "0.pid").read_text() == str(os.getpid())
+    waits = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    starts = (
+        "import os, subprocess, sys\n"
+        f"own = [sys.executable, '-m', {SUPERVISOR_MODULE!r}, str(os.getpid())]\n"
+        f"subprocess.run([*own, *{waits!r}], start_new_session=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", starts]) as killed:
+        family = running(killed.pid, 2)
+        (tmp_path / "0.pid").write_text(str(killed.pid))
+        killed.kill()
+    assert after_another(tmp_path, 0)
+    assert [process for process in family if command_line(process)] == []
+    assert not after_another(tmp_path, 1), "another node"
+
+
+def running(parent: int, count: int) -> list[psutil.Process]:
+    """Wait until a process has so many descendants."""
+    deadline = time.monotonic() + 120
+    while len(found := psutil.Process(parent).children(recursive=True)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def test_lives(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What the scripts start in place of Python with megatron_r1: the same words, files and exit codes, and no model.
 
-A run does a step each half second and keeps it as a checkpoint; a word in `<output>/do` makes it fail. Engines announce
-themselves and wait; a word in `<output>/engine` makes that of the second node fail before it has.
+A run does a step each half second and keeps it as a checkpoint, but for as long as there is `<output>/hold`; a word in
+`<output>/do` makes it fail. Engines announce themselves and wait; a word in `<output>/engine` makes that of the second
+node fail before it has.
 """
 
 import json
@@ -49,6 +50,8 @@ def run() -> int:
     done = len([*(OUTPUT / "checkpoints").iterdir()])
     while done < STEPS:
         time.sleep(0.5)
+        if (OUTPUT / "hold").exists() and not asked:
+            continue
         if (OUTPUT / "do").exists():
             return int((OUTPUT / "do").read_text())
         done += 1

@@ -6,27 +6,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.end_to_end.runs import ROOT
+from tests.processes import command_line
 from tests.slurm.cluster import Slurm, until, wait
 from tests.slurm.jobs import Job
 from tests.slurm.stand_in import STEPS
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
+TWO_PARTS = ["--nodes=1", "--exclusive", ":", "--nodes=2", "--exclusive", "--requeue"]
+"""What a script says of itself is of its first part alone."""
 
 
 class Jobs:
-    """Submits scripts whose run is the stand-in."""
+    """Submits scripts whose run is the stand-in; words of the command line and folders have spaces."""
 
     def __init__(self, slurm: Slurm, folder: Path) -> None:
         self.slurm, self.folder, self.output = slurm, folder, folder / "run"
         self.output.mkdir()
+        self.scripts = folder / "of a site/slurm"
+        self.scripts.parent.mkdir()
+        self.scripts.symlink_to(ROOT / "slurm")
 
     def submit(self, script: str, *options: str, **environment: str) -> Job:
         own = {"MEGATRON_R1_PYTHON": str(STAND_IN), "STAND_IN_OUTPUT": str(self.output), "HEALTH_CHECK": "0"}
         done = subprocess.run(
-            ["sbatch", "--parsable", *options, str(ROOT / f"slurm/{script}.sbatch"), "run.toml"],
+            ["sbatch", "--parsable", *options, str(self.scripts / f"{script}.sbatch"), "run.toml", "--title=A b  c"],
             env=self.slurm.environment | own | environment, cwd=self.folder, capture_output=True, text=True, check=True,
         )  # fmt: skip
         return Job(self.slurm, done.stdout.strip(), self.folder)
@@ -51,7 +58,7 @@ def test_asked_before_its_limit_it_saves_and_is_requeued(jobs: Jobs) -> None:
     jobs.slurm.call("scancel", "--signal=USR1", "--batch", job.number)
     job.end()
     assert job.attempts() == ["75", "0"]
-    assert len(jobs.runs()) == 2
+    assert [run["arguments"] for run in jobs.runs()] == 2 * [["sft", "run.toml", "--title=A b  c"]]
     assert jobs.step(STEPS)
 
 
@@ -94,7 +101,7 @@ def test_nodes_that_hung_are_left_out(jobs: Jobs) -> None:
 
 def test_engines_on_nodes_of_their_own(jobs: Jobs) -> None:
     """The run is told where they are, and nothing of them is left when it is done."""
-    job = jobs.submit("rl", "--nodes=1", "--exclusive", ":", "--nodes=2", "--exclusive")
+    job = jobs.submit("rl", *TWO_PARTS)
     job.end()
     assert job.attempts() == ["0"]
     (run,) = jobs.runs()
@@ -108,12 +115,39 @@ def test_engines_on_nodes_of_their_own(jobs: Jobs) -> None:
 def test_an_engine_that_does_not_start(jobs: Jobs, script: str) -> None:
     """Others may wait for it, and would for ever."""
     (jobs.output / "engine").write_text("2")
-    parts = {"rl": ["--nodes=1", "--exclusive", ":", "--nodes=2", "--exclusive"], "rl_fleet": ["--nodes=2"]}[script]
+    parts = {"rl": TWO_PARTS, "rl_fleet": ["--nodes=2"]}[script]
     job = jobs.submit(script, *parts)
     job.until(lambda: job.state() == "FAILED")
     assert job.attempts() == ["2"]
     assert "the engines did not start; see " in job.said()
     assert jobs.runs() == []
+
+
+def test_what_keeps_engines_is_replaced_when_it_is_killed(jobs: Jobs) -> None:
+    """Three times, and the run goes on; once more, and it saves, and the job goes on anew."""
+    (jobs.output / "hold").touch()
+    job = jobs.submit("rl", *TWO_PARTS)
+    job.until(lambda: len(jobs.runs()) == 1)
+    node = job.nodes(part=1)[-1]
+
+    words = [str(STAND_IN), "-m", "megatron_r1.cluster.engines"]
+    killed: list[psutil.Process] = []
+
+    def kill_four() -> bool:
+        for process in jobs.slurm.processes(node) if len(killed) < 4 else []:
+            if process not in killed and command_line(process)[1:4] == words:
+                process.kill()
+                killed.append(process)
+        return len(killed) == 4
+
+    job.until(kill_four)
+    assert len(jobs.runs()) == 1
+    job.until(lambda: job.attempts() == ["75"])
+    (jobs.output / "hold").unlink()
+    job.end()
+    assert job.attempts() == ["75", "0"]
+    assert f"node {node}: the process that keeps its engines was killed, again and again" in job.said()
+    assert len(jobs.runs()) == 2
 
 
 def test_engines_of_another_job_that_moves(jobs: Jobs) -> None:

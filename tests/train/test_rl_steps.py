@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_r1.checkpoint.signals import SAVED
+from megatron_r1.cli import _terminate
 from megatron_r1.config.load import validate
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.config.sections import ParallelSection, PolicySection
@@ -48,6 +49,11 @@ class Answering(Collector):
     """Comes in the rollout from the weights after two steps, which then takes very long."""
     gone: str | None = None
     """Where no engine is left: "rollout" or "push", with the weights after two steps."""
+
+    def __exit__(self, *error: Any) -> None:
+        if self.sent:
+            os.kill(os.getpid(), signal.SIGTERM)  # once more, while engines are closed
+        super().__exit__(*error)
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         assert list(named_tensors)
@@ -133,13 +139,19 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 def test_a_rollout_is_left_at_once_and_the_steps_before_are_saved(
     answering: type[Answering], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
 ) -> None:
-    """The resumed run ends with the bits of the undisturbed one; the guard's window included."""
+    """The resumed run ends with the bits of the undisturbed one; the guard's window included.
+
+    Further signals change nothing, not even the last, which comes when the run's own part is over.
+    """
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, _terminate)
     guard = {"spike": "skip", "window": 4, "spike_sigma": 1e-3, "max_skips": 100}
     summary = run(base, tmp_path / "whole", guard=guard)
     assert "so the update was skipped" in (tmp_path / "whole/run.log").read_text()
     monkeypatch.setattr(answering, "sent", sent)
     with pytest.raises(SystemExit) as ended:
         run(base, tmp_path / "cut", guard=guard)
+    os.kill(os.getpid(), sent)
     assert ended.value.code == SAVED
     assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step_00000002"]
     monkeypatch.setattr(answering, "sent", None)

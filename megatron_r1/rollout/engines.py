@@ -150,6 +150,8 @@ class Engines:
 
     async def _ask(self, member: Member, request: Ask, take: Callable[[Response], None]) -> None:
         life, url, stall = member.life, member.server.url, self.section.stall_timeout
+        if not member.server.alive():  # without its supervisor the server goes on, and would outlive the run
+            raise self.lose(member, life, "has ended, or lost the process that ends it with the run")
         meanwhile = _Meanwhile(self, member, member.version)
         answers = ask(self._http, url, member.token, request, stall, meanwhile)
 

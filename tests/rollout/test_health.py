@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Callable
 
 import httpx
+import psutil
 import pytest
 
 from megatron_r1.rollout.member import Health
+from tests.rollout.test_engine_faults import PROMPTS, Open, expected, opened, tokens, wait_for  # noqa: F401
 
 READERS = 5
 
@@ -74,3 +76,19 @@ def test_what_reading_raises_is_raised() -> None:
 
     with pytest.raises(httpx.ReadTimeout):
         asyncio.run(Health(Engine(0).lost).while_there(fail()))
+
+
+@pytest.mark.parametrize("dispatch", ["batch", "continuous"])
+def test_an_engine_without_its_supervisor_is_replaced(opened: Open, dispatch: str) -> None:  # noqa: F811
+    """It would answer for ever, and outlive a run that is killed."""
+    fleet = opened(dispatch=dispatch)
+    server = fleet.process(0)
+    supervisor = server.parent()
+    assert supervisor is not None
+    supervisor.kill()
+    wait_for(lambda: supervisor.status() == psutil.STATUS_ZOMBIE)
+    assert server.status() != psutil.STATUS_ZOMBIE
+    assert tokens(fleet.sample(PROMPTS, n=2, seed=3)) == expected(2, 3, 0)
+    wait_for(lambda: fleet.figures()["engines_ready"] == 2)
+    assert fleet.figures()["engines_lost"] == 1
+    assert server.status() == psutil.STATUS_ZOMBIE or not server.is_running()

@@ -32,6 +32,8 @@ class ServedModelSection(Section):
 class NucleusSection(RolloutSection):
     """[rollout] of a model that is only sampled from."""
 
+    max_tokens: PositiveInt
+    """Longest response, tokens."""
     temperature: NonNegativeFloat = 1.0
     """0 = always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -1,7 +1,7 @@
-"""Settings that change while a run goes on, and when: after a number of tokens, or of optimizer steps."""
+"""Settings that change while a run goes on, and when: after a number of tokens, or of steps."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, NonNegativeFloat, PositiveInt, Tag
 
@@ -25,14 +25,30 @@ class Piece(Section):
     """Tokens of the whole run after which the next value holds; None = to the end of the run."""
 
 
-def _to_the_end(pieces: list[Piece]) -> list[Piece]:
-    ends = [piece.until_tokens for piece in pieces]
-    if None in ends[:-1]:
-        raise ValueError("only the last value can do without `until_tokens`: what follows it would never hold")
-    if ends[-1] is not None:
-        raise ValueError("the last value has `until_tokens`, but nothing follows it: leave it out there")
-    _refuse_falling([end for end in ends if end is not None], "until_tokens")
+class StepPiece(Section):
+    """A whole number, and how long it holds."""
+
+    value: PositiveInt
+    until_step: PositiveInt | None = None
+    """Steps of the whole run after which the next value holds; None = to the end of the run."""
+
+
+def _by_tokens(pieces: list[Piece]) -> list[Piece]:
+    _refuse_gaps([piece.until_tokens for piece in pieces], "until_tokens")
     return pieces
+
+
+def _by_steps(pieces: list[StepPiece]) -> list[StepPiece]:
+    _refuse_gaps([piece.until_step for piece in pieces], "until_step")
+    return pieces
+
+
+def _refuse_gaps(ends: list[int | None], key: str) -> None:
+    if None in ends[:-1]:
+        raise ValueError(f"only the last value can do without `{key}`: what follows it would never hold")
+    if ends[-1] is not None:
+        raise ValueError(f"the last value has `{key}`, but nothing follows it: leave it out there")
+    _refuse_falling([end for end in ends if end is not None], key)
 
 
 def _refuse_falling(ends: list[int], key: str) -> None:
@@ -41,12 +57,21 @@ def _refuse_falling(ends: list[int], key: str) -> None:
             raise ValueError(f"`{key}` counts from the start of the run, so it has to grow: {following} follows {end}")
 
 
+_KIND = Discriminator(lambda value: "values" if isinstance(value, list) else "number")
+
 Piecewise = Annotated[
     Annotated[NonNegativeFloat, Tag("number")]
-    | Annotated[list[Piece], Field(min_length=1), AfterValidator(_to_the_end), Tag("values")],
-    Discriminator(lambda value: "values" if isinstance(value, list) else "number"),
+    | Annotated[list[Piece], Field(min_length=1), AfterValidator(_by_tokens), Tag("values")],
+    _KIND,
 ]
 """A number, or one that changes: `[{ value = 0.3, until_tokens = 10e12 }, { value = 0.1 }]`."""
+
+Stepwise = Annotated[
+    Annotated[PositiveInt, Tag("number")]
+    | Annotated[list[StepPiece], Field(min_length=1), AfterValidator(_by_steps), Tag("values")],
+    _KIND,
+]
+"""A whole number, or one that changes: `[{ value = 32768, until_step = 512 }, { value = 65536 }]`."""
 
 
 def value_at(piecewise: float | list[Piece], tokens: int) -> float:
@@ -56,9 +81,38 @@ def value_at(piecewise: float | list[Piece], tokens: int) -> float:
     return next(piece.value for piece in piecewise if piece.until_tokens is None or tokens < piece.until_tokens)
 
 
-def largest(piecewise: float | list[Piece]) -> float:
+def value_at_step(stepwise: int | list[StepPiece], step: int) -> int:
+    """What holds in a step; 0 is the first."""
+    if not isinstance(stepwise, list):
+        return stepwise
+    return next(piece.value for piece in stepwise if piece.until_step is None or step < piece.until_step)
+
+
+def shares(stepwise: int | list[StepPiece], steps: int) -> dict[int, float]:
+    """Every value of a run of so many steps, and the share of them in which it holds."""
+    if not isinstance(stepwise, list):
+        return {stepwise: 1.0}
+    found: dict[int, float] = {}
+    begin = 0
+    for piece in stepwise:
+        end = steps if piece.until_step is None else min(piece.until_step, steps)
+        if end > begin:
+            found[piece.value] = found.get(piece.value, 0.0) + (end - begin) / steps
+        begin = max(begin, end)
+    return found
+
+
+@overload
+def largest(changing: int | list[StepPiece]) -> int: ...
+
+
+@overload
+def largest(changing: float | list[Piece]) -> float: ...
+
+
+def largest(changing: float | list[Piece] | list[StepPiece]) -> float:
     """The largest value of a run; 0 = never on."""
-    return max(piece.value for piece in piecewise) if isinstance(piecewise, list) else piecewise
+    return max(piece.value for piece in changing) if isinstance(changing, list) else changing
 
 
 class Phase(Section):

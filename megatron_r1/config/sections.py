@@ -12,7 +12,7 @@ from megatron_r1.config.context_extension import ContextSection
 from megatron_r1.config.engine_arguments import ranks
 from megatron_r1.config.kernels import Fp8Section, KernelsSection
 from megatron_r1.config.recompute import MemorySection
-from megatron_r1.config.schedule import Phases, Piecewise
+from megatron_r1.config.schedule import Phases, Piecewise, Stepwise, largest
 from megatron_r1.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -202,8 +202,9 @@ class RolloutSection(Section):
     run. Choose it for several engines and long answers of uneven length."""
     max_model_len: PositiveInt
     """Longest prompt + response, tokens."""
-    max_tokens: PositiveInt
-    """Longest response, tokens."""
+    max_tokens: Stepwise
+    """Longest response, tokens. In `rl` a list changes it: `[{ value = 32768, until_step = 512 }, { value = 65536 }]`,
+    where a response may be as long as the step of the weights that begin it says."""
     temperature: PositiveFloat = 1.0
     max_num_seqs: PositiveInt = 256
     """Sequences that one engine decodes at once; with `--data-parallel-size`, each of its replicas."""
@@ -278,10 +279,8 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RolloutSection":
-        if self.max_tokens >= self.max_model_len:
-            raise ValueError(
-                f"max_tokens {self.max_tokens} leaves no room for a prompt in max_model_len {self.max_model_len}"
-            )
+        if (longest := largest(self.max_tokens)) >= self.max_model_len:
+            raise ValueError(f"max_tokens {longest} leaves no room for a prompt in max_model_len {self.max_model_len}")
         if self.transport == "shared_memory" and not self.on_this_machine:
             raise ValueError('transport = "shared_memory" does not reach addresses on other machines: "disk" does')
         if self.transport == "nccl" and ranks(self.arguments)[2] > 1:

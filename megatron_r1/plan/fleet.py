@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.config.schedule import shares
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.model.memory import Shape
 from megatron_r1.plan.engine_arguments import engine_of
@@ -37,7 +38,7 @@ class FleetPlan:
     at_once: int
     """Samples of mean length that one engine decodes at once."""
     rollout_seconds: float
-    """Until all samples are there; 0 where their number is not known."""
+    """Until all samples are there, mean over steps; 0 where their number is not known."""
     tail_seconds: float
     """Of the rollout, after the last sample has begun."""
     tokens_per_second: float
@@ -65,6 +66,8 @@ class Asked:
     mean: int
     """Of a sample with its question."""
     spread: float
+    steps: int = 1
+    """How often, where lengths change meanwhile."""
 
 
 def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, hardware: Hardware) -> FleetPlan:
@@ -79,7 +82,7 @@ def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts
     """
     section = run.rollout
     mean = options.mean_tokens or section.max_model_len // 4
-    asked = Asked(run.questions * run.group_size, prompt_tokens(run), mean, options.spread)
+    asked = Asked(run.questions * run.group_size, prompt_tokens(run), mean, options.spread, run.steps)
     made = fleet(shape, section, asked, counts, hardware)
     return replace(made, sync=_sync(section, made.gpus // made.engines, counts, hardware))
 
@@ -100,13 +103,15 @@ def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, h
     count = len(section.addresses) or section.engines
     room = cache_tokens(shape, engine, counts, hardware)
     fits = room // engine.copies >= section.max_model_len
-    spread = Lengths(max(1.0, asked.mean - asked.prompt), asked.spread, section.max_tokens)
     each = math.ceil(asked.samples / count)
-    lengths = spread.sample(min(each, _SIMULATED)) if each else []
-    seconds = tail = 0.0
-    if fits and lengths:
-        seconds, tail = Decoding(shape, engine, hardware).rollout(lengths, asked.prompt, room)
-        seconds = tail + (seconds - tail) * each / len(lengths)
+    seconds = tail = generated = 0.0
+    if fits and each:
+        for longest, share in shares(section.max_tokens, asked.steps).items():
+            lengths = Lengths(max(1.0, asked.mean - asked.prompt), asked.spread, longest).sample(min(each, _SIMULATED))
+            whole, end = Decoding(shape, engine, hardware).rollout(lengths, asked.prompt, room)
+            seconds += share * (end + (whole - end) * each / len(lengths))
+            tail += share * end
+            generated += share * each * sum(lengths) / len(lengths)
     return FleetPlan(
         engines=count,
         gpus=count * engine.gpus,
@@ -115,7 +120,7 @@ def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, h
         at_once=max(0, min(engine.sequences * engine.copies, room // asked.mean)),
         rollout_seconds=seconds,
         tail_seconds=tail,
-        tokens_per_second=sum(lengths) / len(lengths) * each * count / seconds if seconds else 0.0,
+        tokens_per_second=generated * count / seconds if seconds else 0.0,
         sync=weight_sync(counts.main, engine.weight, hardware),
         findings=[] if fits else [_full(shape, engine, counts, section.max_model_len, hardware)],
     )

@@ -12,6 +12,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.runs import PretrainConfig, RLConfig
+from megatron_r1.config.schedule import largest
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import ParallelSection
 from megatron_r1.config.sft import SFTConfig
@@ -134,7 +135,7 @@ def reference(run: Run) -> bool:
 
 def prompt_tokens(run: RLConfig) -> int:
     """Of a question, on average."""
-    return min(PROMPT, run.rollout.max_model_len - run.rollout.max_tokens)
+    return min(PROMPT, run.rollout.max_model_len - largest(run.rollout.max_tokens))
 
 
 def refuse_unplanned(run: Run) -> None:

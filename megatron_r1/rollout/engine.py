@@ -29,8 +29,6 @@ class Sampling:
 
     temperature: float
     top_p: float
-    max_tokens: int
-    """Longest response, tokens."""
     stop_token_ids: tuple[int, ...]
     """A response ends with (and contains) the first of these."""
     routed_experts: bool = False
@@ -58,7 +56,7 @@ class Engine(Protocol):
             seed: every response draws from a stream of its own, derived from this, the prompt's index and its own.
             temperature: `None` = the run file's, as for the next two.
             top_p: nucleus that tokens are drawn from.
-            max_tokens: longest response, tokens.
+            max_tokens: longest response, tokens; `None` = what the run file says for these weights.
 
         Returns:
             The samples of each prompt, `[prompts][n]`. Their log-probabilities are those of the distribution that was

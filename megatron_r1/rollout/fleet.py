@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 from megatron_r1.config.asynchrony import WeightsChange
 from megatron_r1.config.engine_arguments import ranks
+from megatron_r1.config.schedule import value_at_step
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.rollout.client import wait_until_healthy
@@ -143,11 +144,11 @@ class Fleet:
         sampling = Sampling(
             temperature=self.section.temperature if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
-            max_tokens=max_tokens or self.section.max_tokens,
             stop_token_ids=self._stop_token_ids,
             routed_experts=self.section.returns_experts,
         )
-        room = [self._room(index, prompt, sampling) for index, prompt in enumerate(prompts)]
+        longest = max_tokens or self._longest(self.version)
+        room = [self._room(index, prompt, longest) for index, prompt in enumerate(prompts)]
         # vLLM itself gives sample i of every prompt the seed `seed + i`, which shares the noise between prompts.
         seeds = [[stream_seed(seed, index, sample) for sample in range(n)] for index in range(len(prompts))]
         work = Work(list(prompts), seeds, room, sampling, list(questions) if questions else None)
@@ -168,10 +169,10 @@ class Fleet:
         if not isinstance(self._dispatch, Refill):
             raise RuntimeError('a flow needs dispatch = "continuous"')
         section = self.section
-        sampling = Sampling(section.temperature, 1.0, section.max_tokens, self._stop_token_ids, section.returns_experts)
+        sampling = Sampling(section.temperature, 1.0, self._stop_token_ids, section.returns_experts)
 
-        def room(prompt: list[int]) -> int:
-            return self._room(0, prompt, sampling)
+        def room(prompt: list[int], version: int) -> int:
+            return self._room(0, prompt, self._longest(version))
 
         return Flow(self._running, self._dispatch, sampling, self._decode, room, weights_change)
 
@@ -221,7 +222,11 @@ class Fleet:
             raise RuntimeError("the fleet has not started")
         return self._engines
 
-    def _room(self, index: int, prompt: list[int], sampling: Sampling) -> int:
+    def _longest(self, version: int) -> int:
+        """Of responses that weights of a version begin, which are those of the step of that number."""
+        return value_at_step(self.section.max_tokens, version)
+
+    def _room(self, index: int, prompt: list[int], longest: int) -> int:
         room = self.section.max_model_len - len(prompt)
         if room < 1 or not prompt:
             raise DataError(
@@ -229,7 +234,7 @@ class Fleet:
                 f"rollout.max_model_len = {self.section.max_model_len} to leave room for a response "
                 "(`megatron-r1 data filter` with [length] drops longer ones from a data set)"
             )
-        return min(room, sampling.max_tokens)
+        return min(room, longest)
 
 
 def _token(section: RolloutSection) -> str:

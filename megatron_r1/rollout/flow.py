@@ -76,7 +76,7 @@ class Flow:
         refill: its dispatch.
         sampling: how all of it is drawn.
         decode: token ids -> text, for `Sample.text`.
-        room: longest response to a prompt, tokens.
+        room: longest response to a prompt that weights of a version begin, tokens.
         weights_change: what becomes of responses that are under way when there are new weights.
     """
 
@@ -86,7 +86,7 @@ class Flow:
         refill: Refill,
         sampling: Sampling,
         decode: Decode,
-        room: Callable[[list[int]], int],
+        room: Callable[[list[int], int], int],
         weights_change: WeightsChange = "in_flight",
     ) -> None:
         self._engines, self._refill, self._room = engines, refill, room
@@ -120,7 +120,7 @@ class Flow:
         Raises:
             DataError: the prompt leaves no room for a response.
         """
-        room = self._room(prompt)
+        room = self._room(prompt, at_least)
         asked = Asked(self, key, prompt, seeds, room, self._sampling, question)
         fit = [one for one in had if one.sample < len(seeds) and _fits(one, room)]
         for response in fit if len(fit) == len(had) else ():  # a run that asks for less begins it anew

@@ -130,6 +130,8 @@ def test_minibatches_show_the_arithmetic(rl_file: Path) -> None:
 def test_cross_key_checks(rl_file: Path) -> None:
     assert "min_lr 1 is above lr 0.0001" in refusal(rl_file, "--optim.min_lr=1.0")
     assert "max_tokens 64 leaves no room" in refusal(rl_file, "--rollout.max_tokens=64")
+    growing = "--rollout.max_tokens=[{ value = 8, until_step = 2 }, { value = 64 }]"
+    assert "max_tokens 64 leaves no room" in refusal(rl_file, growing)
     silent = '--data.task={ type = "tests.config.silent:Silent" }'
     assert "[rewards] is empty, and the task of [data] names no" in refusal(rl_file, "--rewards={}", silent)
 

@@ -1,4 +1,4 @@
-"""Settings by tokens: what a run file may say, and what it gets."""
+"""Settings by tokens and by steps: what a run file may say, and what it gets."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1.config.load import dump, load
-from megatron_r1.config.schedule import BatchRampSection, Phases, Piece, Piecewise, largest, value_at
+from megatron_r1.config.schedule import (
+    BatchRampSection,
+    Phases,
+    Piece,
+    Piecewise,
+    Stepwise,
+    largest,
+    shares,
+    value_at,
+    value_at_step,
+)
 from megatron_r1.config.section import Section
 from megatron_r1.errors import ConfigError
 
@@ -17,6 +27,7 @@ class Run(Section):
     """A run file with all of them."""
 
     weight: Piecewise = 0.3
+    length: Stepwise = 8
     phases: Phases = []
     batch_ramp: BatchRampSection | None = None
 
@@ -38,6 +49,18 @@ def test_values_hold_until_their_tokens_are_consumed(tmp_path: Path) -> None:
     found = [value_at(config.weight, tokens) for tokens in (0, 10**13 - 1, 10**13, 10**16)]
     assert found == [0.3, 0.3, 0.1, 0.1]
     assert largest(config.weight) == 0.3
+
+
+def test_whole_numbers_hold_until_their_step(tmp_path: Path) -> None:
+    """DeepSeek-R1-Zero: 65,536 tokens from update 8.2 K on, which are 512 rollouts of 16."""
+    config = read(tmp_path, "length = [{ value = 32768, until_step = 512 }, { value = 65536 }]")
+    assert [value_at_step(config.length, step) for step in (0, 511, 512, 10**6)] == [32768, 32768, 65536, 65536]
+    assert largest(config.length) == 65536
+    assert shares(config.length, 650) == {32768: 512 / 650, 65536: 138 / 650}
+    assert shares(config.length, 100) == {32768: 1.0}, "a shorter run"
+    assert load_again(tmp_path, config) == config
+    plain = read(tmp_path, "length = 7")
+    assert (value_at_step(plain.length, 10**6), largest(plain.length), shares(plain.length, 5)) == (7, 7, {7: 1.0})
 
 
 def test_tokens_are_whole_however_written(tmp_path: Path) -> None:
@@ -65,6 +88,12 @@ def load_again(tmp_path: Path, config: Run) -> Run:
             "weight = [{ value = 1, until_tokens = 9 }, { value = 1, until_tokens = 9 }, { value = 2 }]",
             "has to grow: 9 follows 9",
         ),
+        ("length = 0", "greater than 0"),
+        ("length = []", "at least 1"),
+        ("length = [{ value = 1.5, until_step = 5 }, { value = 2 }]", "valid integer"),
+        ("length = [{ value = 1, until_step = 5 }]", "the last value has `until_step`"),
+        ("length = [{ value = 1, until_step = 5 }, { value = 2, until_step = 5 }, { value = 3 }]", "5 follows 5"),
+        ("length = [{ value = 1, until_tokens = 5 }, { value = 2 }]", "until_tokens"),
         ("phases = [{ lr = 1e-4 }, { lr = 1e-5 }]", "phase 1 never ends"),
         ("phases = [{ until_step = 5 }, { until_tokens = 100 }]", "in all of them"),
         ("phases = [{ until_step = 5, until_tokens = 100 }]", "in all of them"),

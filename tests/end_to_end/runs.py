@@ -79,7 +79,8 @@ def pretrain(folder: Path, output: Path) -> dict[str, Any]:
 
 
 def rl(folder: Path, output: Path, port: int) -> dict[str, Any]:
-    """3 steps of 2 updates, a checkpoint after each; the reference is refreshed after the second."""
+    """3 steps of 2 updates, a checkpoint after each; after the second the reference is refreshed, and responses may be
+    longer."""
     return {
         "output": str(output),
         "steps": 3,
@@ -106,7 +107,7 @@ def rl(folder: Path, output: Path, port: int) -> dict[str, Any]:
         "rollout": {
             "port": port,
             "max_model_len": 128,
-            "max_tokens": 48,
+            "max_tokens": [{"value": 32, "until_step": 2}, {"value": 48}],
             "max_num_seqs": 16,
             "kv_cache_gib": 0.1,
             "threads": 1,

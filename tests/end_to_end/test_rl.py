@@ -33,6 +33,8 @@ def test_the_undisturbed_run_learns_something(undisturbed: Path, prepared: Path)
     assert [row["step"] for row in rows(undisturbed)] == [0, 1, 2]
     assert all(row["grad_norm"] > 1e-3 for row in rows(undisturbed))
     assert rows(undisturbed)[-1]["kl"] > 0
+    first, second, third = [row["response_length"] for row in rows(undisturbed)]
+    assert max(first, second) <= 32 < third, "`max_tokens` changes after two steps"
     assert weights(undisturbed) != weights(prepared / "base")
     summary = runs.summary(undisturbed)
     assert summary["logprob_difference_mean"] < 1e-5

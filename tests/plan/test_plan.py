@@ -247,6 +247,24 @@ def test_a_fleet_that_runs_ahead_hides_the_shorter_part(capsys: pytest.CaptureFi
     assert one_by_one["step_seconds"] == pytest.approx(fleet + own)
 
 
+def test_each_longest_response_has_its_share_of_the_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = tmp_path / "run.toml"
+    small.write_text(TINY_RL)
+
+    def rollout(longest: str) -> dict[str, float]:
+        given = ["--rollout.max_model_len=1024", f"--rollout.max_tokens={longest}"]
+        found = planned(capsys, given, run_file=small, gpus=1, mean_tokens=336, spread=1.5)
+        return {name: found["rollout"][name] for name in ("rollout_seconds", "tail_seconds", "tokens_per_second")}
+
+    short, long = rollout("128"), rollout("512")
+    both = rollout("[{ value = 128, until_step = 7 }, { value = 512 }]")
+    assert short["rollout_seconds"] < long["rollout_seconds"]
+    for name in ("rollout_seconds", "tail_seconds"):
+        assert both[name] == pytest.approx(0.7 * short[name] + 0.3 * long[name])
+    tokens = [share * one["tokens_per_second"] * one["rollout_seconds"] for share, one in ((0.7, short), (0.3, long))]
+    assert both["tokens_per_second"] * both["rollout_seconds"] == pytest.approx(sum(tokens))
+
+
 def test_weights_through_a_file_are_on_the_first_nodes_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = tmp_path / "run.toml"
     small.write_text(TINY_RL)

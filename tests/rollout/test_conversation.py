@@ -125,7 +125,7 @@ class Held:
     def __post_init__(self) -> None:
         tokenizer = self.engine.tokenizer
         prompts = [tokenizer.encode_prompt(one.prompt) for one in self.questions]
-        sampling = Sampling(1.0, 1.0, self.room, (tokenizer.eos_id,))
+        sampling = Sampling(1.0, 1.0, (tokenizer.eos_id,))
         seeds, room = [[10 * number] for number in range(len(prompts))], [self.room] * len(prompts)
         request = Ask(prompts, seeds, room, sampling, self.together, self.questions)
 

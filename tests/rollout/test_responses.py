@@ -52,7 +52,7 @@ class Nobody:
 
 
 def test_what_was_cut_is_asked_for_from_there_with_numbers_of_its_own() -> None:
-    asked = Asked(Nobody(), "a", [1, 2], [10, 11, 12], 20, Sampling(1.0, 1.0, 20, (2,)))
+    asked = Asked(Nobody(), "a", [1, 2], [10, 11, 12], 20, Sampling(1.0, 1.0, (2,)))
     whole = asked.rest([0, 2])
     assert (whole.prompts, whole.seeds, whole.max_tokens) == ([[1, 2]], [[10, 12]], [20])
     asked.begun[2] = part([5, 6], [3], [2])

@@ -15,6 +15,7 @@ from rollout import BareEngine
 
 from megatron_r1.config.load import load
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.config.schedule import value_at_step
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.rollout.fleet import Fleet, stop_token_ids
@@ -86,13 +87,14 @@ def tensors(model: BuiltModel) -> NamedTensors:
 def rollout(config: RLConfig, fleet: Fleet, bare: BareEngine, tiny: bool) -> Comparison:
     """Tokens/s of prompts with several samples each, seeds and log-probabilities."""
     count, n = (4, 4) if tiny else (32, 8)
-    length = config.rollout.max_model_len - config.rollout.max_tokens
+    longest = value_at_step(config.rollout.max_tokens, 0)
+    length = config.rollout.max_model_len - longest
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 300, (count, length // 2), generator=generator).tolist()
     plain = {
         "temperature": 1.0,
         "top_p": 1.0,
-        "max_tokens": config.rollout.max_tokens,
+        "max_tokens": longest,
         "stop_token_ids": list(stop_token_ids(config.model.path)),
         "detokenize": False,
         "logprobs": 0,

@@ -20,6 +20,7 @@ from paired import Comparison, measure, parser, report, seconds
 from megatron_r1.config import component
 from megatron_r1.config.load import load
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.config.schedule import largest
 from megatron_r1.loss.grpo import Grpo
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import device, initialize
@@ -52,7 +53,7 @@ def responses(config: RLConfig, vocab: int, samples: int, equal: bool) -> list[T
     most are short, a few hit the limit. With `equal` all have the longest length.
     """
     rng = random.Random(0)
-    longest = config.rollout.max_tokens
+    longest = largest(config.rollout.max_tokens)
     prompt = config.rollout.max_model_len - longest
     made = []
     for _ in range(samples):

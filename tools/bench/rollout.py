@@ -34,6 +34,7 @@ from paired import Comparison, measure, parser, report
 
 from megatron_r1.config.load import load
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.config.schedule import value_at_step
 from megatron_r1.data.questions import Questions
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
@@ -200,7 +201,7 @@ def main() -> None:
     plain = {
         "temperature": config.rollout.temperature,
         "top_p": 1.0,
-        "max_tokens": config.rollout.max_tokens,
+        "max_tokens": value_at_step(config.rollout.max_tokens, 0),
         "stop_token_ids": list(stop_token_ids(config.model.path)),
         "detokenize": False,
     }
@@ -242,7 +243,7 @@ def main() -> None:
     settings = {
         "engines": config.rollout.engines,
         "samples": f"{len(prompts)} prompts x {n}",
-        "max_tokens": config.rollout.max_tokens,
+        "max_tokens": value_at_step(config.rollout.max_tokens, 0),
         "dtype": config.model.dtype,
         "threads": config.rollout.threads,
     }

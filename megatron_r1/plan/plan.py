@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -15,7 +16,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.context_extension import extended
 from megatron_r1.model.family import HFConfig
 from megatron_r1.model.flops import Flops, training_flops
-from megatron_r1.model.hf_folder import read_config
+from megatron_r1.model.hf_folder import QUANTIZATION, read_config
 from megatron_r1.model.kernel_rules import RULES
 from megatron_r1.model.kernel_rules import Setting as KernelSetting
 from megatron_r1.model.kernels import Machine, choose
@@ -105,7 +106,14 @@ class Plan:
         return seconds * self.load.steps * self.all_gpus / 3600 if seconds and self.load.steps else None
 
 
-def plan(verb: str, run: Run, options: PlanSection, hardware: Hardware = H100, searching: bool = False) -> Plan:
+def plan(
+    verb: str,
+    run: Run,
+    options: PlanSection,
+    hardware: Hardware = H100,
+    searching: bool = False,
+    hf: HFConfig | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
@@ -114,27 +122,24 @@ def plan(verb: str, run: Run, options: PlanSection, hardware: Hardware = H100, s
         options: what that does not say.
         hardware: where.
         searching: for faster layouts, too.
+        hf: the model's `config.json`; None = the one in its folder.
 
     Raises:
         ConfigError: low-rank adapters, a critic.
         DataError: an unreadable or unsupported `config.json`.
     """
     refuse_unplanned(run)
-    hf, gpus, load = _config_of(run), options.gpus or processes(run.parallel), load_of(run, options)
+    gpus, load = options.gpus or processes(run.parallel), load_of(run, options)
+    stored = hf or read_config(run.model.path)
+    hf = _as_trained(run, stored)
     shape, counts = Shape.of(hf, run.model), _counts(*_key(hf, run.model))
     precision = Precision.of(run.model.dtype, run.optim)
     setting, manner = _setting(run, precision, hardware), _manner(run, load, precision, hardware)
     over = Searched(hf, run.model, run.parallel, gpus, load, counts, precision, setting, manner, hardware)
-    findings = [*too_long(hf, longest(run)), *illegal(shape, hf, run.parallel, gpus)]
+    findings = [*too_long(hf, longest(run)), *illegal(shape, hf, run.parallel, gpus), *_unservable(run, stored)]
     findings += [*_refused(run, hf), *uneven(run.parallel, gpus, load)]
-    legal = not any(finding.kind == "illegal" for finding in findings)
-    own = _trained(over, shape) if legal else _Trained()
-    fleet, served = None, 0
-    if isinstance(run, RLConfig):
-        fleet = plan_fleet(shape, run, options, counts, hardware)
-        served, wrong = plan_servers(shape, list(run.reward_models.values()), counts, hardware)
-        own.host |= {"weights for the engines": fleet.sync.host} if fleet.sync.host else {}
-        own.findings += fleet.findings + wrong
+    own = _Trained() if any(finding.kind == "illegal" for finding in findings) else _trained(over, shape)
+    fleet, served = _fleet(shape, run, options, counts, own, hardware) if isinstance(run, RLConfig) else (None, 0)
     own.findings += _host_full(own.host, hardware)
     length = round(load.attended or load.length)
     return Plan(
@@ -197,21 +202,31 @@ def _trained(of: Searched, shape: Shape) -> _Trained:
     )
 
 
-def _config_of(run: Run) -> HFConfig:
-    """The model's `config.json` as it is trained: with a longer context, with a scalar head."""
-    hf = read_config(run.model.path)
+def _fleet(
+    shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, own: _Trained, hardware: Hardware
+) -> tuple[FleetPlan, int]:
+    """The fleet and the GPUs of reward models; what they need of the trainer, and what is wrong, goes to `own`."""
+    made = plan_fleet(shape, run, options, counts, hardware)
+    served, wrong = plan_servers(shape, list(run.reward_models.values()), counts, hardware)
+    own.host |= {"weights for the engines": made.sync.host} if made.sync.host else {}
+    own.findings += made.findings + wrong
+    return made, served
+
+
+def _as_trained(run: Run, hf: HFConfig) -> HFConfig:
+    """The model's `config.json` with a longer context, with a scalar head."""
     if run.model.context:
         hf = extended(hf, run.model.context)
     return as_classifier(hf) if isinstance(run, RewardModelConfig) else hf
 
 
 _DEPENDED = {"path", "dtype", "mtp_loss_coef", "bias_update_rate"}
-"""Keys of [model] that a model's tensors depend on."""
+"""Keys of [model] that a model's tensors depend on, and the path, which there has to be."""
 
 
 def _key(hf: HFConfig, section: ModelSection) -> tuple[str, str]:
     """What two runs of the same model share: stages of a recipe train one again and again."""
-    return json.dumps(hf), section.model_dump_json(include=_DEPENDED)
+    return json.dumps(hf), section.model_copy(update={"path": Path()}).model_dump_json(include=_DEPENDED)
 
 
 def _shape(hf: str, section: str) -> Shape:
@@ -257,6 +272,18 @@ def _manner(run: Run, load: Load, precision: Precision, hardware: Hardware) -> M
         offload=run.optim.offload,
         kept=precision.kept,
     )
+
+
+def _unservable(run: Run, hf: HFConfig) -> list[Finding]:
+    """What `train/learner.py` would refuse."""
+    if not (isinstance(run, RLConfig) and hf.get(QUANTIZATION)):
+        return []
+    path = run.model.path
+    text = (
+        f"model.path: {path} holds quantised weights, but engines are sent unquantised ones: make a folder of bfloat16 "
+        f'with `megatron-r1 cast {path} FOLDER`, in a recipe by a stage of the verb "cast", and name that one'
+    )
+    return [Finding("illegal", text)]
 
 
 def _refused(run: Run, hf: HFConfig) -> list[Finding]:

@@ -1,12 +1,11 @@
 """Plans of verbs that only sample from finished models: engines that fit, and the time of so many samples."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.sections import RolloutSection
-from megatron_r1.model.hf_folder import read_config
+from megatron_r1.model.family import HFConfig
 from megatron_r1.model.memory import Shape
 from megatron_r1.plan.fleet import Asked, FleetPlan, fleet
 from megatron_r1.plan.hardware import H100, Hardware
@@ -60,21 +59,20 @@ class ServedPlan:
 
 
 def plan_served(
-    models: dict[str, tuple[Path, RolloutSection]], options: PlanSection, hardware: Hardware = H100
+    models: dict[str, tuple[HFConfig, RolloutSection]], options: PlanSection, hardware: Hardware = H100
 ) -> ServedPlan:
     """The plan of engines that load a model and sample from it.
 
     Args:
-        models: name -> folder with its `config.json`, and its [rollout].
+        models: name -> its `config.json`, and its [rollout].
         options: lengths, and how many samples are drawn from each.
         hardware: where.
 
     Raises:
-        DataError: an unreadable or unsupported `config.json`.
+        DataError: an unsupported `config.json`.
     """
     fleets, names = {}, {}
-    for name, (folder, section) in models.items():
-        hf = read_config(folder)
+    for name, (hf, section) in models.items():
         shape, names[name] = Shape.of(hf), hf["architectures"][0]
         counts = count(shape)
         mean = options.mean_tokens or section.max_model_len // 4

@@ -15,6 +15,9 @@ from megatron_r1.config.preferences import PreferencesConfig
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError, UserError
+from megatron_r1.model.family import HFConfig
+from megatron_r1.model.fp8 import quantization_config
+from megatron_r1.model.hf_folder import QUANTIZATION, read_config
 from megatron_r1.plan import summary
 from megatron_r1.plan.plan import Plan as TrainingPlan
 from megatron_r1.plan.plan import as_dict, plan
@@ -95,9 +98,9 @@ def forecast(recipe: Plan, stage: Stage, given: dict[str, Any]) -> Forecast:
     config: Any = validate(schema, resolve(stage.config, recipe.output) | {"output": "output"}, stage.name)
     try:
         if stage.verb in TRAINING:
-            known = config.model.model_copy(update={"path": _folder(recipe, stage.config["model"]["path"])})
-            return Forecast(stage, plan(stage.verb, config.model_copy(update={"model": known}), options))
-        models = {name: (_folder(recipe, path), section) for name, path, section in _sampled(stage, config)}
+            hf = _config(recipe, stage.config["model"]["path"])
+            return Forecast(stage, plan(stage.verb, config, options, hf=hf))
+        models = {name: (_config(recipe, path), section) for name, path, section in _sampled(stage, config)}
         return Forecast(stage, plan_served(models, options)) if models else Forecast(stage, None, "no GPU")
     except UserError as error:
         return Forecast(stage, None, str(error))
@@ -144,21 +147,29 @@ def _sampled(stage: Stage, config: Any) -> Iterator[tuple[str, str, RolloutSecti
         yield "model", stage.config["model"]["path"], config.rollout
 
 
-def _folder(recipe: Plan, text: str) -> Path:
-    """Where a `config.json` lies: with the model, where [plan] says, or with what its stage begins from."""
+def _config(recipe: Plan, text: str) -> HFConfig:
+    """A model's `config.json`: its own, the one that [plan] names, or that of what its stage begins from."""
     own = Path(resolve(text, recipe.output))
     if (own / "config.json").exists():
-        return own
+        return read_config(own)
     if text in recipe.configs:
-        return recipe.configs[text]
+        return read_config(recipe.configs[text])
     if named := reference(text):
-        tree = recipe.stage(named[0]).config
-        before = tree.get("model", {}).get("path") or tree.get("source") or tree.get("checkpoint")
+        stage = recipe.stage(named[0])
+        before = stage.config.get("model", {}).get("path") or stage.config.get("source")
         if isinstance(before, str):
-            return _folder(recipe, before)
+            return _as_written(stage, _config(recipe, before))
     raise ConfigError(
         f'no {own}/config.json yet: name a folder that has one in the recipe, [plan.models] "{text}" = "FOLDER"'
     )
+
+
+def _as_written(stage: Stage, hf: HFConfig) -> HFConfig:
+    """The `config.json` of a stage's result, quantised or not."""
+    plain = {key: value for key, value in hf.items() if key != QUANTIZATION}
+    if stage.verb == "quantize":
+        return plain | {QUANTIZATION: {"quant_method": "modelopt"}}
+    return plain | {QUANTIZATION: quantization_config()} if stage.config.get("dtype") == "fp8" else plain
 
 
 def _is_recipe(path: Path) -> bool:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.cli import VERBS
+from megatron_r1.cli import CHECKPOINT_VERBS, VERBS
 from megatron_r1.cluster.needs import needs
 from megatron_r1.recipe.expand import read_recipe
-from megatron_r1.recipe.forecast import description, forecasts
+from megatron_r1.recipe.forecast import description, forecast, forecasts
 from megatron_r1.recipe.plan import Plan
 
 ROOT = Path(__file__).parents[2]
+STAGES = VERBS | CHECKPOINT_VERBS
 MADE_OF = {
     "dev1": {"cold_start"},
     "dev2": {"dev1"},
@@ -29,7 +30,7 @@ MADE_OF = {
 def plan(request: pytest.FixtureRequest) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return read_recipe(Path(f"examples/{request.param}/recipe.toml"), [], VERBS)
+        return read_recipe(Path(f"examples/{request.param}/recipe.toml"), [], STAGES)
 
 
 def test_the_stages_are_the_reports(plan: Plan) -> None:
@@ -58,7 +59,7 @@ def test_the_rewards_are_the_reports(plan: Plan) -> None:
 def test_the_numbers_of_671b() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        plan = read_recipe(Path("examples/r1_671b/recipe.toml"), [], VERBS)
+        plan = read_recipe(Path("examples/r1_671b/recipe.toml"), [], STAGES)
     for name in ("r1_zero", "dev2", "r1"):
         run = plan.stage(name).config
         assert run["questions"] * run["group_size"] == 8192
@@ -88,7 +89,7 @@ SIZES = {"gpus_256": 256, "recipe": 512, "gpus_1024": 1024}
 def sized(request: pytest.FixtureRequest) -> tuple[int, Plan]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return SIZES[request.param], read_recipe(Path(f"examples/r1_671b/{request.param}.toml"), [], VERBS)
+        return SIZES[request.param], read_recipe(Path(f"examples/r1_671b/{request.param}.toml"), [], STAGES)
 
 
 def test_every_stage_of_671b_fits(sized: tuple[int, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,24 +97,35 @@ def test_every_stage_of_671b_fits(sized: tuple[int, Plan], monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     gpus, plan = sized
     found = description(forecasts(plan))
-    assert [one for one in found["stages"] if one["why"]] == []
-    wrong = [(one["stage"], text) for one in found["stages"] for text in one["plan"]["findings"]
-             if text["kind"] != "unwise"]  # fmt: skip
+    by_name = {one["stage"]: one["plan"] for one in found["stages"]}
+    assert {one["stage"]: one["why"] for one in found["stages"] if one["why"]} == {"base": "no GPU"}
+    assert by_name.pop("base") is None
+    wrong = [(name, text) for name, own in by_name.items() for text in own["findings"] if text["kind"] != "unwise"]
     assert wrong == []
     assert found["fits"]
     assert found["parameters"] == 671_026_419_200
     assert found["gpus"] == gpus
-    by_name = {one["stage"]: one["plan"] for one in found["stages"]}
     assert by_name["r1_zero"]["gpus"] == by_name["dev2"]["gpus"] == by_name["r1"]["gpus"] == gpus
     for name in ("r1_zero", "dev1", "dev2", "dev3", "r1"):
         assert by_name[name]["parameters"] == 671_026_419_200
+
+
+def test_the_base_model_as_it_was_released_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `config.json` is the released one, FP8 and all: without the stage `base` no actor could begin."""
+    monkeypatch.chdir(ROOT)
+    released = "--stages.r1_zero.model.path=models/DeepSeek-V3-Base"
+    plan = read_recipe(Path("examples/r1_671b/recipe.toml"), [released], STAGES)
+    made = forecast(plan, plan.stage("r1_zero"), {}).made
+    assert made is not None
+    [finding] = [one for one in made.findings if one.kind == "illegal"]
+    assert "megatron-r1 cast models/DeepSeek-V3-Base" in finding.text
 
 
 def test_the_sizes_train_the_same(sized: tuple[int, Plan]) -> None:
     """They differ in layouts alone, and in what the optimizer keeps where it is offloaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        usual = read_recipe(Path("examples/r1_671b/recipe.toml"), [], VERBS)
+        usual = read_recipe(Path("examples/r1_671b/recipe.toml"), [], STAGES)
     for stage in sized[1].stages:
         other = usual.stage(stage.name)
         found = {name for name in changed(stage.config, other.config) if not name.endswith("rollout.engines")}
@@ -159,7 +171,7 @@ TABLE_6 = {
 
 def test_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    plan = read_recipe(Path("examples/distillation/recipe.toml"), [], VERBS)
+    plan = read_recipe(Path("examples/distillation/recipe.toml"), [], STAGES)
     found = description(forecasts(plan))
     assert found["fits"]
     assert {one["stage"]: one["plan"]["parameters"] for one in found["stages"]} == {

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer import packed_tensor
 from megatron_r1.config.plan import PlanConfig
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.fp8 import quantization_config
 from megatron_r1.model.memory import Shape, Work, predict
 from megatron_r1.plan.hardware import H100
 from megatron_r1.plan.memory import MemoryPlan, Setting, packed
@@ -263,6 +264,17 @@ def test_each_longest_response_has_its_share_of_the_steps(capsys: pytest.Capture
         assert both[name] == pytest.approx(0.7 * short[name] + 0.3 * long[name])
     tokens = [share * one["tokens_per_second"] * one["rollout_seconds"] for share, one in ((0.7, short), (0.3, long))]
     assert both["tokens_per_second"] * both["rollout_seconds"] == pytest.approx(sum(tokens))
+
+
+def test_an_actor_in_fp8_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As the run itself does."""
+    hf = json.loads((MODEL / "config.json").read_text()) | {"quantization_config": quantization_config()}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    small = tmp_path / "run.toml"
+    small.write_text(TINY_RL.replace(str(MODEL), str(tmp_path)))
+    assert run(PlanConfig(run_file=small, gpus=1), [], as_json=True) == 1
+    [finding] = [one for one in json.loads(capsys.readouterr().out)["findings"] if one["kind"] == "illegal"]
+    assert f"`megatron-r1 cast {tmp_path} FOLDER`" in finding["text"]
 
 
 def test_weights_through_a_file_are_on_the_first_nodes_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

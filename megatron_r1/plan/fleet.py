@@ -150,7 +150,7 @@ def _full(shape: Shape, engine: Engine, counts: Counts, longest: int, hardware: 
         "does not fit",
         f"an engine of {engine.gpus} GPUs holds {weights:.1f} GiB of weights on each, of {limit:.1f} that vLLM takes; "
         f"its cache has room for {room:,} tokens, but one sample can have {longest:,}: give `arguments` a larger "
-        '"--tensor-parallel-size", or "--quantization=fp8"',
+        '"--tensor-parallel-size", or "--quantization=fp8_per_block"',
     )
 
 

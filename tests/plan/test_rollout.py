@@ -92,6 +92,7 @@ def test_a_step_reads_the_experts_that_it_touches() -> None:
         (["-tp", "4", "--data-parallel-size", "2"], Engine(8, 2.0, 8, copies=2)),
         (["--seed=7", "--enforce-eager"], Engine(1, 2.0, 8, eager=True)),
         (["--quantization=fp8", "--kv-cache-dtype=fp8"], Engine(1, 1.0, 8, cache=1.0)),
+        (["--quantization=fp8_per_block"], Engine(1, 1.0, 8)),
         (["--gpu-memory-utilization=0.8"], Engine(1, 2.0, 8, memory=0.8)),
         (['--speculative-config={"method": "mtp", "num_speculative_tokens": 1}'], Engine(1, 2.0, 8, drafted=1)),
         (["--enable-eplb", '--eplb-config={"num_redundant_experts": 32}'], Engine(1, 2.0, 8, redundant=32)),

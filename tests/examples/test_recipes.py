@@ -67,6 +67,12 @@ def test_the_numbers_of_671b() -> None:
         assert run["minibatches"] * run["reference"]["refresh_every"] == 400
         assert (run["optim"]["lr"], run["loss"]["kl_coef"], run["loss"]["clip_eps"]) == (3e-6, 0.001, 10.0)
     zero, r1 = plan.stage("r1_zero").config, plan.stage("r1").config
+    first, then = zero["rollout"]["max_tokens"]
+    assert (first["value"], then["value"]) == (32_768, 65_536)
+    assert first["until_step"] == 8_200 // zero["minibatches"]
+    assert {plan.stage(name).config["rollout"]["max_tokens"] for name in ("dev2", "r1")} == {32_768}
+    thousands = {name: task["weight"] for name, task in zero["data"]["task"]["tasks"].items()}
+    assert thousands == {"math": 26, "code": 17, "bugs": 8, "science": 22, "logic": 15}  # Table 4
     assert zero["steps"] * zero["minibatches"] == 10_400
     assert abs(r1["steps"] * r1["minibatches"] - 1_700) < r1["minibatches"]
     assert (r1["steps"] - r1["general"]["from_step"]) * r1["minibatches"] == 400

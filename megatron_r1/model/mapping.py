@@ -1,7 +1,8 @@
 """Weights between Megatron modules and Hugging Face names, both ways, by one family's rules."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from megatron_r1.errors import DataError
 from megatron_r1.model.collect import Sender, collected, senders
 from megatron_r1.model.family import Rule
 from megatron_r1.model.hf_folder import Weights
-from megatron_r1.model.lora import adapters, without_adapters
+from megatron_r1.model.lora import Adapter, adapters, without_adapters
 from megatron_r1.model.parallel import is_first_rank
 from megatron_r1.model.placement import Share, shares
 from megatron_r1.model.safetensors_file import Spec
@@ -65,13 +66,13 @@ class WeightMap:
         Views of the model's own memory where the rank holds all of a tensor, and dtype and order already fit. Adapters
         are merged into the weights that they belong to.
         """
-        ours = _merged(chunks)
-        left = dict(self._sent_by(ours))
+        ours = _Own(chunks)
+        left = dict(self._sent_by(ours.shares))
         for rule in self.rules:
             if (holders := left.pop(rule.megatron, None)) is None:
                 continue
             kept = None if rule.float32 else dtype
-            if (tensor := collected(holders, ours.get(rule.megatron), kept)) is None:
+            if (tensor := collected(holders, partial(ours.value, rule.megatron), kept)) is None:
                 continue
             yield from zip(rule.hf, rule.cut(tensor), strict=True)
             yield from ((name, tensor) for name in rule.copies)
@@ -82,7 +83,7 @@ class WeightMap:
     def specs(self, chunks: Sequence[GPTModel], dtype: torch.dtype) -> dict[str, Spec]:
         """What `export` yields on the first rank, in its order, without values. All ranks call it together."""
         found: dict[str, Spec] = {}
-        sent_by = self._sent_by(_merged(chunks) if self._senders is None else {})
+        sent_by = self._sent_by(_Own(chunks).shares if self._senders is None else {})
         for rule in self.rules:
             if (holders := sent_by.get(rule.megatron)) is None:
                 continue
@@ -144,21 +145,26 @@ def _anywhere(ours: Iterable[str]) -> set[str]:
     return set().union(*names)
 
 
-def _merged(chunks: Sequence[GPTModel]) -> dict[str, Share]:
-    """As `_by_name`, one copy of each, with adapters merged."""
-    added = [adapters(chunk) for chunk in chunks]
-    ours: dict[str, Share] = {}
-    for share in shares(chunks):
-        adapter = next((found[share.local] for found in added if share.local in found), None)
-        tensor = adapter.merged(share.tensor) if adapter else share.tensor
-        ours.setdefault(share.name, replace(share, tensor=_in_numbers(tensor)))
-    return without_adapters(ours)
+class _Own:
+    """What this rank holds: one share of each tensor, without the adapters, which are merged into what is sent."""
 
+    def __init__(self, chunks: Sequence[GPTModel]) -> None:
+        self.shares: dict[str, Share] = {}
+        self._adapters: dict[str, Adapter] = {}
+        for chunk in chunks:  # whose local names are the same
+            added = adapters(chunk)
+            for share in shares([chunk]):
+                if self.shares.setdefault(share.name, share) is share and share.local in added:
+                    self._adapters[share.name] = added[share.local]
+        self.shares = without_adapters(self.shares)
 
-def _in_numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """What weights that are kept in 8 bits stand for."""
-    whole: torch.Tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
-    return whole
+    def value(self, name: str) -> torch.Tensor:
+        """The numbers that a share stands for, made when it is their turn: all at once would be a second model."""
+        tensor, adapter = self.shares[name].tensor, self._adapters.get(name)
+        if adapter:
+            tensor = adapter.merged(tensor)
+        whole: torch.Tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+        return whole
 
 
 def weights(model: GPTModel) -> dict[str, torch.Tensor]:

@@ -24,7 +24,6 @@ PIPELINES = ["pp2", "pp4"]
 """Interleaved stages take rows of one length, whose padding changes how sums are cut."""
 UNDISTURBED = {"section": {"mtp_loss_coef": 0.0}, "optim": {"clip_grad": 1e9}, "microbatch": 2}
 """The gradient's norm is never summed into the weights, and no matrix gets gradients from two stages."""
-
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -44,6 +43,12 @@ def test_same_numbers_as_one_process(
     measured[name] = worst([differences(found[part], alone[part]) for part in PARTS])
     assert measured[name]["router_bias"] == 0
     assert max(measured[name].values()) < BOUND, measured[name]
+
+
+def test_adapters_are_merged_into_their_own_layers(launcher: Launcher) -> None:
+    """Megatron numbers the layers of a rank's virtual stages alike."""
+    found = [launcher.run(f"adapted_{name}", LAYOUTS.get(name, {}), parts("adapted")) for name in ("one", "pp2_vpp2")]
+    assert found[0]["adapted"].seen["start"] == found[1]["adapted"].seen["start"]
 
 
 @pytest.mark.parametrize("name", PIPELINES)

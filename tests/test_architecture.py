@@ -128,6 +128,17 @@ def guarded_imports(path: str, tree: ast.Module) -> list[str]:
     ]
 
 
+def single_transfers(path: str, tree: ast.Module) -> list[str]:
+    """Sends and receives that are in no batch: for each pair of ranks NCCL keeps a communicator of its own for them."""
+    names = {"send", "recv", "isend", "irecv", "send_object_list", "recv_object_list"}
+    return [
+        f"{path}:{node.lineno}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names
+        if isinstance(node.func.value, ast.Name) and node.func.value.id in {"dist", "distributed"}
+    ]
+
+
 def names_nothing(path: str) -> bool:
     """Whether a file or folder on the path has a name that says nothing."""
     return bool(FORBIDDEN_NAMES & {part.removesuffix(".py") for part in path.split("/")})
@@ -188,6 +199,10 @@ def test_budgets() -> None:
 
 def test_no_guarded_imports() -> None:
     assert [found for path, tree in sources() for found in guarded_imports(path, tree)] == []
+
+
+def test_tensors_travel_in_batches() -> None:
+    assert [breach for path, tree in sources() for breach in single_transfers(path, tree)] == []
 
 
 def test_names_say_something() -> None:
@@ -263,6 +278,11 @@ def test_guarded_import_is_caught() -> None:
     tree = ast.parse("try:\n    if True:\n        import torch\nexcept ImportError:\n    torch = None")
     assert guarded_imports("loss/grpo.py", tree) == ["loss/grpo.py:1"]
     assert guarded_imports("compat/patches.py", tree) == []
+
+
+def test_single_transfer_is_caught() -> None:
+    tree = ast.parse("dist.send(x, 0)\nsocket.send(x)\ndist.batch_isend_irecv([dist.P2POp(dist.isend, x, 0)])")
+    assert single_transfers("model/collect.py", tree) == ["model/collect.py:1"]
 
 
 def test_empty_name_is_caught() -> None:

@@ -1,10 +1,16 @@
-"""Whole tensors on the first rank from the parts that ranks hold."""
+"""Whole tensors on the first rank from the parts that ranks hold, one tensor at a time.
 
-from collections.abc import Mapping
+Parts travel in batches of sends and receives, which NCCL does in the communicator of all ranks. One that is sent alone
+would have torch open a communicator of its own for the two ranks (`getKeySendRecv` in ProcessGroupNCCL.cpp), and the
+first rank would end with as many as there are ranks that send.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_r1.model.parallel import device
 from megatron_r1.model.placement import Block, Share
@@ -21,15 +27,16 @@ class Sender:
     """Of the whole tensor."""
     blocks: tuple[Block, ...]
     dtype: torch.dtype
+    stage: int
+    """Of the pipeline."""
 
 
 def senders(ours: Mapping[str, Share]) -> dict[str, list[Sender]]:
     """Name -> of every part the lowest rank that holds it. All ranks call it together and get the same."""
-    mine = {
-        name: Sender(dist.get_rank(), share.shape, share.blocks, share.tensor.dtype) for name, share in ours.items()
-    }
+    rank, stage = dist.get_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    mine = {name: Sender(rank, share.shape, share.blocks, share.tensor.dtype, stage) for name, share in ours.items()}
     of_ranks: list[dict[str, Sender]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, mine)
+    dist.all_gather_object(of_ranks, mine)  # and NCCL has its communicator of all ranks, if it had none
     found: dict[str, dict[tuple[Block, ...], Sender]] = {}
     for theirs in of_ranks:
         for name, sender in theirs.items():
@@ -37,33 +44,43 @@ def senders(ours: Mapping[str, Share]) -> dict[str, list[Sender]]:
     return {name: list(parts.values()) for name, parts in found.items()}
 
 
-def collected(holders: list[Sender], mine: Share | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+def collected(
+    holders: list[Sender], mine: Callable[[], torch.Tensor], dtype: torch.dtype | None
+) -> torch.Tensor | None:
     """A whole tensor on the first rank, None on the others.
+
+    Beside the whole tensor the first rank holds at most the parts of it that are no contiguous piece of it.
 
     Args:
         holders: of this tensor, from `senders`.
-        mine: what this rank holds of it.
+        mine: this rank's part; called on those ranks alone that are among the holders.
         dtype: what it is turned into before it travels; None = it stays as it is.
     """
-    rank = dist.get_rank()
+    rank, kept = dist.get_rank(), dtype or holders[0].dtype
     if rank != FIRST:
-        if mine is not None and any(sender.rank == rank for sender in holders):
-            dist.send(mine.tensor.to(dtype or mine.tensor.dtype).contiguous(), FIRST)
+        if any(sender.rank == rank for sender in holders):
+            _batch([dist.P2POp(dist.isend, mine().to(kept).contiguous(), FIRST)])
         return None
-    if len(holders) == 1 and holders[0].rank == FIRST and mine is not None:
-        return mine.tensor.to(dtype or mine.tensor.dtype)
-    whole = torch.empty(holders[0].shape, dtype=dtype or holders[0].dtype, device=device())
-    for sender in holders:
-        part = _part(sender, mine, whole)
+    if len(holders) == 1 and holders[0].rank == FIRST:
+        return mine().to(kept)
+    whole = torch.empty(holders[0].shape, dtype=kept, device=device())
+    parts = [mine().to(kept) if sender.rank == FIRST else _landing(whole, sender) for sender in holders]
+    _batch([dist.P2POp(dist.irecv, part, sender.rank) for part, sender in zip(parts, holders, strict=True)
+            if sender.rank != FIRST])  # fmt: skip
+    for part, sender in zip(parts, holders, strict=True):
         for block in sender.blocks:
-            whole[block.box] = part[block.start : block.stop]
+            if (place := whole[block.box]).data_ptr() != part.data_ptr():
+                place.copy_(part[block.start : block.stop])
     return whole
 
 
-def _part(sender: Sender, mine: Share | None, whole: torch.Tensor) -> torch.Tensor:
-    if sender.rank == FIRST and mine is not None:
-        return mine.tensor.to(whole.dtype)
-    rows = sender.blocks[-1].stop
-    part = whole.new_empty(rows, *sender.blocks[0].shape[1:])
-    dist.recv(part, sender.rank)
-    return part
+def _landing(whole: torch.Tensor, sender: Sender) -> torch.Tensor:
+    """Where a part is received: in its place, if that is contiguous."""
+    if len(sender.blocks) == 1 and (place := whole[sender.blocks[0].box]).is_contiguous():
+        return place
+    return whole.new_empty(sender.blocks[-1].stop, *sender.blocks[0].shape[1:])
+
+
+def _batch(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()

@@ -153,7 +153,9 @@ class MemoryPlan:
             # Beside what the optimizer keeps, gradients in float32.
             host["optimizer"] = state.optimizer * self._setting.offload * (1 + _FLOAT / self._setting.kept)
         if self._setting.transport:
-            peaks["sync"] = (fixed + self._sent(states, stage, first=rank == 0)) * lost + groups + context
+            # Over NCCL the first rank is in a group with the engines, too.
+            joined = self._hardware.communicator if self._setting.transport == "nccl" and rank == 0 else 0.0
+            peaks["sync"] = (fixed + self._sent(states, stage, first=rank == 0)) * lost + groups + joined + context
         if self._setting.reference:
             forward = max(self._once(states, stage), default=0.0)
             peaks["score"] = (fixed + state.weights + 2 * forward + logits + exchange) * lost + groups + context
@@ -261,7 +263,10 @@ class MemoryPlan:
         return 2 * copies * config.hidden_size * config.params_dtype.itemsize
 
     def _groups(self) -> int:
-        """Process groups with more than one rank that one rank is in."""
+        """Process groups with more than one rank that one rank is in.
+
+        Weights and samples travel in that of all ranks, pipeline stages in their own: no pair of ranks has one.
+        """
         own, gpus = self._parallel, self._work.processes
         data = gpus // (own.tensor * own.context * own.pipeline)
         expert_data = gpus // (own.pipeline * own.expert * own.expert_tensor)

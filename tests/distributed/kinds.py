@@ -6,6 +6,7 @@ every step, log-probabilities, digests of exported weights) and `end.safetensors
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_r1.loss.dpo import Dpo
 from megatron_r1.loss.pairwise import Pairwise
 from megatron_r1.model.build import build_model
 from megatron_r1.model.parallel import initialize
+from megatron_r1.model.placement import shares
 from megatron_r1.train.batch import Minibatch, from_rows, split
 from megatron_r1.train.critic import Critic
 from megatron_r1.train.dpo import with_reference
@@ -106,6 +108,7 @@ def pretrain(part: dict[str, Any], seen: Seen) -> dict[str, torch.Tensor]:
     """Next-token prediction on rows."""
     policy = policy_of(part)
     seen["start"] = digests(policy)
+    seen["few"] = [name for name, _ in policy.model.export(torch.float32).of_each_stage()]
     seen["figures"] = [policy.step(rows(policy, part, step), CrossEntropy()) for step in range(STEPS)]
     return exported(policy, torch.float32)
 
@@ -194,6 +197,17 @@ def build(part: dict[str, Any], seen: Seen) -> dict[str, torch.Tensor]:
     return {}
 
 
+def adapted(part: dict[str, Any], seen: Seen) -> dict[str, torch.Tensor]:
+    """Low-rank adapters whose values follow from their names in the whole model."""
+    policy = policy_of(part | {"section": {"lora": {"rank": 2}, "mtp_loss_coef": 0.0}})
+    for share in shares(policy.model.chunks):
+        if ".lora." in share.name:
+            generator = torch.Generator().manual_seed(zlib.crc32(share.name.encode()))
+            share.tensor.copy_(torch.randn(share.tensor.shape, generator=generator))
+    seen["start"] = digests(policy)
+    return {}
+
+
 KINDS = {
     "pretrain": pretrain,
     "sft": sft,
@@ -202,6 +216,7 @@ KINDS = {
     "dpo": dpo,
     "resume": resume,
     "build": build,
+    "adapted": adapted,
 }
 
 

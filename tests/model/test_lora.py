@@ -1,5 +1,6 @@
 """LoRA against the model without it, against plain torch on one layer, and against transformers once merged."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,24 @@ def test_so_are_those_of_a_dense_model(tmp_path: Path, name: str) -> None:
     loss, start = (model(TOKENS % 120, labels=TOKENS % 120).loss.item() for model in (merged, base))
     assert policy.evaluate(minibatch, CrossEntropy())["loss"] == pytest.approx(loss, abs=1e-5)
     assert loss < start - 0.01
+
+
+def test_weights_are_merged_when_it_is_their_turn(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once would be a second model in memory."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    original = Adapter.merged
+
+    def noted(adapter: Adapter, weight: torch.Tensor) -> torch.Tensor:
+        whole = original(adapter, weight)
+        made.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(Adapter, "merged", noted)
+    model, most = build(exported), 0
+    for _, tensor in model.export(torch.float32):
+        del tensor
+        most = max(most, sum(one() is not None for one in made))
+    assert (len(made), most) == (len(adapters(model.module)), 1)
 
 
 def test_nothing_but_adapters_is_trained(exported: Path) -> None:

@@ -30,6 +30,7 @@ from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.train.feed import Feed, Service
 from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question, Sample
+from megatron_r1.weight_sync.fp8_weights import Fp8Weights
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.transport import open_sync, preflight
 
@@ -52,6 +53,7 @@ class Collector:
         self._stack = ExitStack()
         self._version = 0
         self._tried = False
+        self._fp8: Fp8Weights | None = None
 
     def __enter__(self) -> Self:
         with self._report.phase("start"):
@@ -151,6 +153,8 @@ class Collector:
     def _open(self) -> None:
         config = self._config
         with self._interruptions.at_once(), self._stack:
+            if config.rollout.fp8_path:
+                self._fp8 = Fp8Weights(config.rollout.fp8_path, config.model.path)
             self._stack.enter_context(Scorers(config.reward_models, config.output))
             self._judge = self._stack.enter_context(
                 Judge(
@@ -168,6 +172,7 @@ class Collector:
 
     def _push(self, tensors: NamedTensors, version: int) -> None:
         """On the first rank; the first time one tensor goes ahead, and what a push will be is said."""
+        tensors = self._fp8(tensors) if self._fp8 else tensors
         if not self._tried:
             self._report.message(str(preflight(self._sync, tensors)))
             self._tried = True
@@ -213,8 +218,8 @@ class Collector:
 def open_fleet(config: RLConfig, tokenizer: Tokenizer) -> Fleet:
     """Start the engines, and the tools of [conversation]."""
     conversation = Conversation(config.conversation, tokenizer) if config.conversation else None
-    model = config.model
-    return Fleet(config.rollout, model.path, config.output, model.dtype, tokenizer.decode, conversation=conversation)
+    dtype, served = config.model.dtype, config.rollout.served(config.model.path)
+    return Fleet(config.rollout, served, config.output, dtype, tokenizer.decode, conversation=conversation)
 
 
 def by_token(marks: Sequence[tuple[int, float]], pieces: Sequence[str]) -> list[tuple[int, float]]:

@@ -128,7 +128,8 @@ def engines(run: dict[str, Any], key: str = "") -> Iterator[Engine]:
         section, model = _known(kind, run["rollout"]), run.get("model", run)
         _check(f"{key}rollout", section, bool(section.addresses))
         for index in range(section.engines):
-            yield Engine(f"{key}rollout.addresses", index, Path(model["path"]), model["dtype"], section)
+            served = section.served(Path(model["path"]))
+            yield Engine(f"{key}rollout.addresses", index, served, model["dtype"], section)
     for name, part in run.items():
         if isinstance(part, dict) and name not in {"rollout", "model", "reward_models"}:
             yield from engines(part, f"{key}{name}.")

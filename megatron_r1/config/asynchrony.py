@@ -1,5 +1,6 @@
 """How far sampling may run ahead of training, and what corrects for it: two sections of `rl`'s run file."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
@@ -32,10 +33,24 @@ class AheadSection(RolloutSection):
     """A mixture of experts is trained with the experts that the engine has sent each token to, not with those that the
     learner's routers would choose (docs/algorithms.md)."""
 
+    fp8_path: Path | None = None
+    """A folder with the model in DeepSeek's FP8, as it was released or as `megatron-r1 cast --dtype=fp8` makes it:
+    engines start on it, and the learner sends new weights in its numbers, half the bytes (docs/fleet.md). None =
+    engines start on `model.path`, and weights are sent in `model.dtype`."""
+
     @property
     def returns_experts(self) -> bool:
         """See `RolloutSection`."""
         return self.routing_replay
+
+    @property
+    def serves_fp8(self) -> bool:
+        """See `RolloutSection`."""
+        return self.fp8_path is not None
+
+    def served(self, model: Path) -> Path:
+        """See `RolloutSection`."""
+        return self.fp8_path or model
 
     @property
     def ahead(self) -> bool:

@@ -231,6 +231,10 @@ class RLConfig(Section):
                 f"{self.questions} questions x {self.group_size} samples = {samples} "
                 f"do not divide into {self.minibatches} minibatches"
             )
+        if self.rollout.serves_fp8 and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f'rollout.fp8_path: vLLM computes with FP8 weights in bfloat16, but model.dtype = "{self.model.dtype}"'
+            )
         return self
 
     @model_validator(mode="after")

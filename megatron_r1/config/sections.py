@@ -249,6 +249,15 @@ class RolloutSection(Section):
         return False
 
     @property
+    def serves_fp8(self) -> bool:
+        """Whether engines are sent DeepSeek's FP8."""
+        return False
+
+    def served(self, model: Path) -> Path:
+        """The folder that engines start on, where the run trains `model`."""
+        return model
+
+    @property
     def on_this_machine(self) -> bool:
         """Whether all engines are."""
         hosts = {urlsplit(address).hostname for address in self.addresses}

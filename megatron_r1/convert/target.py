@@ -158,8 +158,7 @@ class HuggingFaceTarget:
         for name in rule.hf:
             spec = Spec(output_dtype(rule, self._source, self._dtype), self._source.spec(name).shape)
             if self._scale_format and fp8.is_quantized(name):
-                specs[name] = Spec(torch.float8_e4m3fn, spec.shape)
-                specs[name + fp8.SCALE_SUFFIX] = Spec(torch.float32, fp8.scale_shape(spec.shape))
+                specs |= fp8.stored(name, spec.shape)
             else:
                 specs[name] = spec
         return specs | dict.fromkeys(rule.copies, specs[rule.hf[0]])

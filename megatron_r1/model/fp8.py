@@ -22,13 +22,14 @@ within bfloat16: what bfloat16 loses to underflow, 2^-134, is then small beside 
    but for 2^-8 + 2^-22. A block of zeros gets the scale 1, its numbers stay zeros of their sign.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from megatron_r1.errors import DataError
+from megatron_r1.model.safetensors_file import Spec
 
 SCALE_SUFFIX = "_scale_inv"
 BLOCK = (128, 128)
@@ -39,6 +40,7 @@ ScaleFormat = Literal["float32", "ue8m0"]
 """ue8m0: powers of two only (DeepSeek-V3.1), still stored as float32."""
 
 _CACHED = 2**19  # numbers at once; their float32 and float16 stay in a core's caches
+_ON_GPU = 2**26  # numbers at once, where each operation costs a launch
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _LINEAR = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -86,6 +88,16 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
+def stored(name: str, shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> dict[str, Spec]:
+    """The two tensors of a weight in FP8, by their names.
+
+    Raises:
+        DataError: as `scale_shape`.
+    """
+    scale = Spec(torch.float32, scale_shape(shape, block))
+    return {name: Spec(torch.float8_e4m3fn, shape), name + SCALE_SUFFIX: scale}
+
+
 def dequantize(
     weight: torch.Tensor,
     scale_inv: torch.Tensor,
@@ -131,7 +143,8 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 numbers and their blocks' scales: scale = amax / 448, numbers rounded to nearest, ties to even.
 
-    A block of zeros has scale 1. Beside the result it takes 8 bytes for each number of one row of blocks.
+    A block of zeros has scale 1. Beside the result it takes 8 bytes for each number of one row of blocks, on a GPU for
+    2^26 numbers.
 
     Args:
         weight: [rows, columns]
@@ -148,19 +161,33 @@ def quantize(
     """
     device = weight.device
     scale = torch.empty(scale_shape(weight.shape, block), dtype=torch.float32, device=device)
+    rows, columns = weight.shape
     result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
-    columns = weight.size(1)
-    scratch = torch.empty(min(block[0], weight.size(0)), columns, dtype=torch.float32, device=device)
-    for index, scales in enumerate(scale):
-        first, stop = index * block[0], (index + 1) * block[0]
-        part = weight[first:stop]
-        largest = F.pad(part.abs().amax(dim=0).float(), (0, -columns % block[1])).view(-1, block[1]).amax(dim=1)
+    step = _rows_at_once(block[0], columns, device)
+    scratch = torch.empty(min(step, rows), columns, dtype=torch.float32, device=device)
+    for first, stop in _stripes(rows, block[0], step):
+        part = weight[first:stop].unflatten(0, (-1, min(block[0], stop - first)))  # [blocks, rows of one, columns]
+        largest = F.pad(part.abs().amax(dim=1).float(), (0, -columns % block[1])).unflatten(1, (-1, block[1])).amax(2)
         if not largest.isfinite().all():
             raise DataError(f"{name} holds NaN or infinity between the rows {row + first} and {row + stop - 1}")
-        scales.copy_(_scale(largest, scale_format))
-        quotient = scratch[: part.size(0)].copy_(part).div_(scales.repeat_interleave(block[1])[:columns])
+        scales = scale[first // block[0] :][: len(part)].copy_(_scale(largest, scale_format))
+        quotient = scratch[: stop - first].copy_(weight[first:stop])
+        quotient.view(part.shape).div_(scales.repeat_interleave(block[1], dim=1)[:, None, :columns])
         result[first:stop] = quotient  # at most 448 (1 + 2^-22), which rounds to 448: nothing to saturate
     return result, scale
+
+
+def _rows_at_once(block: int, columns: int, device: torch.device) -> int:
+    """One row of blocks on a CPU, many on a GPU."""
+    return block if device.type == "cpu" else block * max(1, _ON_GPU // (block * max(1, columns)))
+
+
+def _stripes(rows: int, block: int, step: int) -> Iterator[tuple[int, int]]:
+    """Rows that are quantised at once: those of whole blocks, `step` at most, then those of the last, begun block."""
+    whole = rows - rows % block
+    yield from ((first, min(first + step, whole)) for first in range(0, whole, step))
+    if whole < rows:
+        yield whole, rows
 
 
 def _scale(largest: torch.Tensor, scale_format: ScaleFormat) -> torch.Tensor:

@@ -82,7 +82,8 @@ class TensorReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored: Mapping[str, Entry] = stored_tensors(folder)
-        self._block = _block(folder)
+        self.block = _block(folder)
+        """Rows and columns of FP8 that share a scale."""
         self._where: dict[str, Entry] = {}
         for name, entry in self.stored.items():
             if name.endswith(fp8.SCALE_SUFFIX):
@@ -111,7 +112,7 @@ class TensorReader:
         value = read(entry)
         if entry.dtype is not torch.float8_e4m3fn:
             return value
-        return fp8.dequantize(value, self._scale(name), torch.bfloat16, self._block)
+        return fp8.dequantize(value, self._scale(name), torch.bfloat16, self.block)
 
     def stripes(self, name: str) -> Iterator[torch.Tensor]:
         """`self[name]` in blocks of rows, which begin where blocks of FP8 do, this folder's and DeepSeek's.
@@ -121,11 +122,11 @@ class TensorReader:
         """
         entry = self._where[name]
         scale = self._scale(name) if entry.dtype is torch.float8_e4m3fn else None
-        for start, stop in self.spec(name).stripes(math.lcm(fp8.BLOCK[0], self._block[0])):
+        for start, stop in self.spec(name).stripes(math.lcm(fp8.BLOCK[0], self.block[0])):
             rows = read(entry.rows(start, stop))
             if scale is not None:
-                scales = scale[start // self._block[0] : -(-stop // self._block[0])]
-                rows = fp8.dequantize(rows, scales, torch.bfloat16, self._block)
+                scales = scale[start // self.block[0] : -(-stop // self.block[0])]
+                rows = fp8.dequantize(rows, scales, torch.bfloat16, self.block)
             yield rows
 
     def spec(self, name: str) -> Spec:
@@ -168,11 +169,11 @@ class TensorReader:
             raise DataError(
                 f"{weight.path}: {weight.name} is FP8 of shape {list(weight.shape)}; only matrices have blocks"
             )
-        expected = fp8.scale_shape(weight.shape, self._block)
+        expected = fp8.scale_shape(weight.shape, self.block)
         if scale.shape != expected:
             raise DataError(
                 f"{scale.path}: {scale.name} has shape {list(scale.shape)}, but {weight.name} {list(weight.shape)} "
-                f"in blocks of {list(self._block)} needs {list(expected)}"
+                f"in blocks of {list(self.block)} needs {list(expected)}"
             )
 
 

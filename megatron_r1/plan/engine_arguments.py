@@ -9,12 +9,13 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.plan.rollout import Engine
 
 
-def engine_of(arguments: Sequence[str], sequences: int) -> Engine:
+def engine_of(arguments: Sequence[str], sequences: int, fp8: bool = False) -> Engine:
     """An engine with these arguments.
 
     Args:
         arguments: of a [rollout] or a [reward_models.NAME].
         sequences: its `max_num_seqs`.
+        fp8: whether the folder that it starts on is in FP8.
 
     Raises:
         ConfigError: a value that is no number, or no JSON.
@@ -24,7 +25,7 @@ def engine_of(arguments: Sequence[str], sequences: int) -> Engine:
     drafts = _table(given, "speculative-config")
     return Engine(
         gpus=tensor * pipeline * data,
-        weight=1.0 if "fp8" in given.get("quantization", "") else 2.0,
+        weight=1.0 if fp8 or "fp8" in given.get("quantization", "") else 2.0,
         sequences=sequences,
         eager="enforce-eager" in given,
         copies=data,

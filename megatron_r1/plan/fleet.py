@@ -9,6 +9,7 @@ from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.config.schedule import shares
 from megatron_r1.config.sections import RolloutSection
+from megatron_r1.model import fp8
 from megatron_r1.model.memory import Shape
 from megatron_r1.plan.engine_arguments import engine_of
 from megatron_r1.plan.hardware import Hardware
@@ -19,8 +20,9 @@ from megatron_r1.plan.run_file import prompt_tokens
 from megatron_r1.plan.tensors import Counts
 
 GIB = 2**30
-SENT = 2.0
-"""Bytes of a weight on its way: bfloat16."""
+BFLOAT16 = 2.0
+FP8 = 1.0 + 4 / math.prod(fp8.BLOCK)
+"""Bytes of a weight on its way, in FP8 with a scale of float32 for each block."""
 _SIMULATED = 16384
 """Samples of an engine whose decoding is followed step by step; of more, what comes before the end is repeated."""
 
@@ -84,22 +86,31 @@ def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts
     mean = options.mean_tokens or section.max_model_len // 4
     asked = Asked(run.questions * run.group_size, prompt_tokens(run), mean, options.spread, run.steps)
     made = fleet(shape, section, asked, counts, hardware)
-    return replace(made, sync=_sync(section, made.gpus // made.engines, counts, hardware))
+    size = sent_bytes(shape, section.serves_fp8, counts)
+    return replace(made, sync=_sync(section, made.gpus // made.engines, size, hardware))
 
 
-def _sync(section: RolloutSection, gpus: int, counts: Counts, hardware: Hardware) -> Transfer:
-    """By the run's transport; engines of several nodes will be at addresses."""
+def sent_bytes(shape: Shape, in_fp8: bool, counts: Counts) -> float:
+    """Of new weights: in FP8 all but embedding and head, norms and routers being too few to count."""
+    if not in_fp8:
+        return BFLOAT16 * counts.main
+    ends = shape.vocab_size * shape.config.hidden_size * (1 if shape.tied else 2)
+    return BFLOAT16 * ends + FP8 * (counts.main - ends)
+
+
+def _sync(section: RolloutSection, gpus: int, size: float, hardware: Hardware) -> Transfer:
+    """By the run's transport; engines of several nodes will be at addresses. `size`: bytes."""
     transport, here = section.chosen_transport, section.on_this_machine and gpus <= hardware.gpus_per_node
     if transport == "nccl":
-        return weight_sync(counts.main, SENT, hardware)
+        return weight_sync(size, hardware)
     if transport == "ipc":
-        return within_gpu(counts.main, SENT, hardware)
-    return weights_file(counts.main, gpus, transport == "shared_memory" and here, hardware)
+        return within_gpu(size, hardware)
+    return weights_file(size, gpus, transport == "shared_memory" and here, hardware)
 
 
 def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, hardware: Hardware) -> FleetPlan:
     """That of a [rollout]."""
-    engine = engine_of(section.arguments, section.max_num_seqs)
+    engine = engine_of(section.arguments, section.max_num_seqs, section.serves_fp8)
     count = len(section.addresses) or section.engines
     room = cache_tokens(shape, engine, counts, hardware)
     fits = room // engine.copies >= section.max_model_len
@@ -121,7 +132,7 @@ def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, h
         rollout_seconds=seconds,
         tail_seconds=tail,
         tokens_per_second=generated * count / seconds if seconds else 0.0,
-        sync=weight_sync(counts.main, engine.weight, hardware),
+        sync=weight_sync(counts.main * engine.weight, hardware),
         findings=[] if fits else [_full(shape, engine, counts, section.max_model_len, hardware)],
     )
 

@@ -16,24 +16,21 @@ class Transfer:
     """Bytes in the memory of the node that sends."""
 
 
-def weight_sync(parameters: float, weight: float, hardware: Hardware, one_sender: bool = True) -> Transfer:
+def weight_sync(size: float, hardware: Hardware, one_sender: bool = True) -> Transfer:
     """Weights from the trainer into all engines, from GPU to GPU.
 
     Args:
-        parameters: of the model.
-        weight: bytes of each as it is sent.
+        size: bytes of the model as it is sent.
         hardware: where.
         one_sender: the first rank sends all, through its one port; else each node its share.
     """
-    size = parameters * weight
     if one_sender:
         return Transfer(size, size / hardware.network, "from the first rank through one port: a broadcast's floor")
     return Transfer(size, size / (hardware.network * hardware.gpus_per_node), "by a node's ports together")
 
 
-def within_gpu(parameters: float, weight: float, hardware: Hardware) -> Transfer:
+def within_gpu(size: float, hardware: Hardware) -> Transfer:
     """Weights into an engine on the first rank's GPU, by CUDA IPC: into the shared buffer, out of it, into place."""
-    size = parameters * weight
     return Transfer(size, 3 * 2 * size / hardware.memory_rate, "within the GPU: three copies, each read and written")
 
 
@@ -41,16 +38,15 @@ _FILES = 2
 """In shared memory, which take turns (weight_sync/shared_memory.py)."""
 
 
-def weights_file(parameters: float, engine_gpus: int, shared: bool, hardware: Hardware) -> Transfer:
-    """The same through a file that the first rank writes in bfloat16 and the engines read.
+def weights_file(size: float, engine_gpus: int, shared: bool, hardware: Hardware) -> Transfer:
+    """The same through a file that the first rank writes and the engines read.
 
     Args:
-        parameters: of the model.
+        size: bytes of the model as it is sent.
         engine_gpus: of an engine, whose nodes read their shares.
         shared: in shared memory; else on storage.
         hardware: where.
     """
-    size = 2 * parameters
     copied = size / hardware.host_link
     if shared:
         return Transfer(size, 3 * copied, "to the host, into shared memory and to the engines", (1 + _FILES) * size)

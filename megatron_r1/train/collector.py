@@ -31,6 +31,7 @@ from megatron_r1.rollout.server import WeightsNeededError
 from megatron_r1.train.feed import Feed, Service
 from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question, Sample
+from megatron_r1.weight_sync.fp8_weights import Fp8Weights
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.transport import open_sync, preflight
 
@@ -53,6 +54,8 @@ class Collector:
         self._stack = ExitStack()
         self._version = 0
         self._tried = False
+        self._stored: Callable[[NamedTensors], NamedTensors] = lambda tensors: tensors
+        """What engines are sent."""
 
     def __enter__(self) -> Self:
         with self._report.phase("start"):
@@ -153,6 +156,8 @@ class Collector:
     def _open(self) -> None:
         config = self._config
         with self._interruptions.at_once(), self._stack:
+            if config.rollout.fp8_path:
+                self._stored = Fp8Weights(config.rollout.fp8_path, config.model.path)
             self._stack.enter_context(Scorers(config.reward_models, config.output))
             self._judge = self._stack.enter_context(
                 Judge(
@@ -172,12 +177,13 @@ class Collector:
         """The first time a few tensors go ahead, and what a push will be is said."""
         if not self._tried:
             transport = self._config.rollout.chosen_transport
-            plan = preflight(lambda tensors: self._sync.push(tensors, PREFLIGHT), export, transport)
+            plan = preflight(lambda tensors: self._sync.push(tensors, PREFLIGHT), export, transport, self._stored)
             self._report.message(str(plan))
             self._tried = True
 
     def _push(self, tensors: NamedTensors, version: int) -> None:
         """On the first rank."""
+        tensors = self._stored(tensors)
         began, gathered = time.monotonic(), math.inf
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:
@@ -220,8 +226,8 @@ class Collector:
 def open_fleet(config: RLConfig, tokenizer: Tokenizer) -> Fleet:
     """Start the engines, and the tools of [conversation]."""
     conversation = Conversation(config.conversation, tokenizer) if config.conversation else None
-    model = config.model
-    return Fleet(config.rollout, model.path, config.output, model.dtype, tokenizer.decode, conversation=conversation)
+    dtype, served = config.model.dtype, config.rollout.served(config.model.path)
+    return Fleet(config.rollout, served, config.output, dtype, tokenizer.decode, conversation=conversation)
 
 
 def by_token(marks: Sequence[tuple[int, float]], pieces: Sequence[str]) -> list[tuple[int, float]]:

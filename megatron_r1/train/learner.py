@@ -220,5 +220,5 @@ def _check_servable(folder: Path) -> None:
     if hf_folder.read_config(folder).get(hf_folder.QUANTIZATION):
         raise ConfigError(
             f"{folder} holds quantised weights, the learner sends its own unquantised: make a folder of bfloat16 with "
-            "`megatron-r1 cast` and name that one as model.path"
+            "`megatron-r1 cast` and name that one as model.path (engines may have this one: rollout.fp8_path)"
         )

@@ -119,22 +119,28 @@ class Exported(Protocol):
         ...
 
 
-def preflight(push: Callable[[NamedTensors], float], export: Exported, transport: str) -> PushPlan:
+def preflight(
+    push: Callable[[NamedTensors], float],
+    export: Exported,
+    transport: str,
+    stored: Callable[[NamedTensors], NamedTensors] = lambda tensors: tensors,
+) -> PushPlan:
     """Send a few tensors of every pipeline stage alone, twice: the first makes connections, the second is timed.
 
-    Engines have no usable weights afterwards, until the next push. All ranks call it together and get the same.
+    Engines have no usable weights afterwards, until the next push. All ranks call it together.
 
     Args:
         push: `WeightSync.push` as version `PREFLIGHT`; called on the first rank.
         export: what will be pushed.
         transport: by which.
+        stored: what engines are sent of them; on the first rank.
 
     Raises:
         EngineError: as `WeightSync.push`.
     """
     few = export.of_each_stage()
-    whole, specs, seconds = NamedTensors((), export.specs()), few.specs(), 0.0
+    specs, seconds = few.specs(), 0.0
     for _ in range(2):
-        seconds = consumed_by_first_rank(lambda tensors: push(NamedTensors(tensors, specs)), few)
-    tried = sum(spec.nbytes for spec in specs.values())
-    return PushPlan(len(whole.specs), whole.nbytes, transport, tuple(specs), tried, seconds)
+        seconds = consumed_by_first_rank(lambda tensors: push(stored(NamedTensors(tensors, specs))), few)
+    whole, tried = stored(NamedTensors((), export.specs())), stored(NamedTensors((), specs))
+    return PushPlan(len(whole.specs), whole.nbytes, transport, tuple(tried.specs), tried.nbytes, seconds)

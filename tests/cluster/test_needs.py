@@ -110,6 +110,8 @@ def test_engines_start_as_the_verb_says() -> None:
     (recording,) = engines(rl(rollout=rollout(1) | {"routing_replay": True, "max_staleness": 0}))
     assert isinstance(recording.section, RolloutSection)
     assert recording.section.returns_experts
+    (eight,) = engines(rl(rollout=rollout(1) | {"routing_replay": False, "fp8_path": "models/fp8"}))
+    assert (recording.model, eight.model) == (Path("models/v3"), Path("models/fp8"))
     (greedy,) = engines(rl(rollout=rollout(1) | {"temperature": 0.0, "top_p": 0.9}))
     assert isinstance(greedy.section, RolloutSection)
     assert greedy.section.temperature == 0

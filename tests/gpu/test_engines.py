@@ -12,7 +12,9 @@ import httpx
 import pytest
 import torch
 
+from megatron_r1.config.convert import CastConfig
 from megatron_r1.config.sections import OptimSection, RolloutSection
+from megatron_r1.convert.verbs import run_cast
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
@@ -20,6 +22,7 @@ from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.train.batch import Trajectory, split
 from megatron_r1.train.policy import Policy
+from megatron_r1.weight_sync.fp8_weights import Fp8Weights
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 from megatron_r1.weight_sync.transport import WeightSync, preflight
@@ -48,6 +51,8 @@ TRANSPORTS: dict[str, Callable[[Fleet, Path], WeightSync]] = {
 TWO_GPUS = torch.cuda.device_count() > 1
 GATE = 0.02
 """Largest mean difference of a token's log-probability between trainer and engine in bfloat16, nats."""
+FP8_GATE = 0.05
+"""The same of an engine whose products are in FP8, activations too."""
 ARGUMENTS = ["--gpu-memory-utilization=0.3", "--enforce-eager", "--enable-sleep-mode"] if ON_GPU else []
 ARGUMENTS += ["--worker-extension-cls=tests.rollout.on_cpu_worker.Receiver"] if REHEARSAL else []
 Record = Callable[[str, object], None]
@@ -143,6 +148,32 @@ def test_new_weights_arrive_over_nccl(both: Both, v3: Path, record_property: Rec
     record_property("mean difference before and after, nccl, nats", (far, near))
     record_property("seconds of a push, nccl", seconds)
     assert near < GATE < far
+
+
+@needs_real_gpu
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_engine_in_fp8(both: Both, v3: Path, transport: str, tmp_path: Path, record_property: Record) -> None:
+    """It says what the numbers that it was sent say in bfloat16, but for its own products in FP8."""
+    base = both.folder / "hf"
+    run_cast(CastConfig(source=base, output=tmp_path / "fp8", dtype="fp8"))
+    section_ = both.fleet.section.model_copy(update={"port": free_port()})
+    with Fleet(section_, tmp_path / "fp8", tmp_path, "bfloat16", decode) as fleet:
+        losses(both.policy, v3, 10)
+        export = both.model.export(torch.bfloat16)
+        hf_folder.write(tmp_path / "trained", both.model.hf, export)
+        run_cast(CastConfig(source=tmp_path / "trained", output=tmp_path / "trained-fp8", dtype="fp8"))
+        run_cast(CastConfig(source=tmp_path / "trained-fp8", output=tmp_path / "numbers"))
+        numbers = build_model(section(tmp_path / "numbers", load_weights=True), LENGTH)
+        served = replace(both, fleet=fleet, policy=Policy(numbers, OptimSection(lr=1e-3), 20))
+        far, sync = served.difference(), TRANSPORTS[transport](fleet, tmp_path)
+        tensors = Fp8Weights(tmp_path / "fp8", base)(NamedTensors(iter(export), export.specs()))
+        seconds = sync.push(tensors, 1)
+        near, unquantised = served.difference(), replace(both, fleet=fleet).difference()
+        sync.close()
+    record_property(f"mean difference in FP8 before and after, {transport}, nats", (far, near))
+    record_property(f"the same from the weights before they were quantised, {transport}, nats", unquantised)
+    record_property(f"seconds of a push in FP8, {transport}", seconds)
+    assert near < FP8_GATE < far
 
 
 @needs_real_gpu

@@ -147,6 +147,19 @@ def test_quantize_takes_views_and_partial_blocks() -> None:
         assert torch.equal(scales[i : i + 1, j : j + 1], scale)
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 1000])
+@pytest.mark.parametrize("rows", [640, 700, 90])
+def test_rows_of_blocks_that_are_quantised_at_once(monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int) -> None:
+    """Many on a GPU, one on a CPU: the same bits, and the weight stays as it was."""
+    weight = torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows))
+    kept, (numbers, scales) = weight.clone(), fp8.quantize(weight)
+    monkeypatch.setattr(fp8, "_rows_at_once", lambda block, columns, device: at_once * block)
+    again, again_scales = fp8.quantize(weight)
+    assert same_bytes(again, numbers)
+    assert torch.equal(again_scales, scales)
+    assert torch.equal(weight, kept)
+
+
 def test_zeros_keep_their_sign_and_get_scale_1() -> None:
     numbers, scale = fp8.quantize(torch.tensor([[0.0, -0.0]]))
     assert (numbers.view(torch.uint8).tolist(), scale.tolist()) == ([[0, 0x80]], [[1.0]])

@@ -121,6 +121,21 @@ def test_rl_has_a_fleet_and_a_reference(capsys: pytest.CaptureFixture[str], tmp_
     assert found["gpu_hours"] == pytest.approx(found["step_seconds"] * 10 * 3 / 3600)
 
 
+def test_engines_in_fp8_hold_and_are_sent_half(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = tmp_path / "run.toml"
+    small.write_text(TINY_RL)
+    plain, eight = (
+        planned(capsys, ["--model.dtype=bfloat16", *more], run_file=small, gpus=1)
+        for more in ([], ["--rollout.fp8_path=models/fp8"])
+    )
+    assert eight["rollout"]["weights"] == plain["rollout"]["weights"] / 2
+    assert 0.5 < eight["rollout"]["sync"]["bytes"] / plain["rollout"]["sync"]["bytes"] < 0.7
+    name = "weights for the engines"
+    assert eight["host"][name] / plain["host"][name] == pytest.approx(
+        eight["rollout"]["sync"]["bytes"] / plain["rollout"]["sync"]["bytes"]
+    )
+
+
 def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = tmp_path / "run.toml"
     small.write_text(TINY_RL)

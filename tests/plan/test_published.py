@@ -165,7 +165,7 @@ def test_rollouts() -> None:
 def test_bytes_that_move() -> None:
     """27 s and 13 s through one port of 50 GB/s; 1.4 TB of weights as a distributed checkpoint."""
     port = replace(H100, network=50e9)
-    assert weight_sync(PARAMETERS, 2, port).bytes == pytest.approx(1.34e12, rel=ARITHMETIC)
-    assert weight_sync(PARAMETERS, 2, port).seconds == pytest.approx(27, rel=ARITHMETIC)
-    assert weight_sync(PARAMETERS, 1, port).seconds == pytest.approx(13, rel=ARITHMETIC)
+    assert weight_sync(2 * PARAMETERS, port).bytes == pytest.approx(1.34e12, rel=ARITHMETIC)
+    assert weight_sync(2 * PARAMETERS, port).seconds == pytest.approx(27, rel=ARITHMETIC)
+    assert weight_sync(PARAMETERS, port).seconds == pytest.approx(13, rel=ARITHMETIC)
     assert checkpoint(682.6e9, 2, 32, H100).bytes == pytest.approx(1.4e12, rel=ARITHMETIC)

@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_r1.config.sections import ModelSection
+from megatron_r1.convert.target import HuggingFaceTarget
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.memory import Shape
 from megatron_r1.plan.engine_arguments import engine_of
+from megatron_r1.plan.fleet import sent_bytes
 from megatron_r1.plan.hardware import H100
 from megatron_r1.plan.rollout import Decoding, Engine, Lengths, cache_bytes, cache_tokens, engine_weights
 from megatron_r1.plan.tensors import count
+from tools.header_checkpoint import Invented
 
 V3 = json.loads((Path(__file__).parents[2] / "examples/deepseek_v3/model/config.json").read_text())
 SHAPE = Shape.of(V3, ModelSection(path=Path(), mtp_loss_coef=0.0))
@@ -100,6 +104,19 @@ def test_a_step_reads_the_experts_that_it_touches() -> None:
 )
 def test_arguments_say_what_an_engine_is(arguments: list[str], engine: Engine) -> None:
     assert engine_of(arguments, 8) == engine
+
+
+def test_an_engine_that_starts_in_fp8() -> None:
+    assert engine_of(["-tp=8"], 8, fp8=True) == Engine(8, 1.0, 8)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_the_bytes_of_a_push_are_those_of_a_checkpoint(in_fp8: bool, tmp_path: Path) -> None:
+    """Of all tensors that `cast` would write of DeepSeek-V3, without its MTP layer."""
+    target = HuggingFaceTarget(Invented(V3, tmp_path), torch.bfloat16, "float32" if in_fp8 else None, 2**60)
+    (part,) = target.parts()
+    size = sum(spec.nbytes for name, spec in target.specs(part).items() if not name.startswith("model.layers.61."))
+    assert sent_bytes(SHAPE, in_fp8, COUNTS) == pytest.approx(size, rel=3e-4)
 
 
 @pytest.mark.parametrize(

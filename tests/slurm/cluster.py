@@ -1,6 +1,7 @@
 """A real Slurm on this machine: munged, slurmctld and a slurmd for each of a few nodes, all on loopback."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,7 +17,8 @@ import psutil
 from tests.end_to_end.runs import ROOT, is_free
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
-PORTS = range(16800, 16900, 10)
+PORTS = random.sample(range(16800, 17800, 10), 100)
+"""In no order, so that two that are started at the same time do not take the same."""
 CONFIG = """
 ClusterName=tests{port}
 SlurmctldHost={host}(127.0.0.1)
@@ -88,11 +90,15 @@ class Slurm:
             files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed", "key-file": "key"}
             own = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
             self._start("munged", ["munged", "--foreground", "--force", *own])
-            until((self.folder / "munge.socket").exists, 10)
+            until((self.folder / "munge.socket").exists, 120)
             self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")])
             for node in self.nodes:
                 self.start_node(node)
-            until(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), 30)
+            until(
+                lambda: self.states() == dict.fromkeys(self.nodes, "idle"),
+                180,
+                lambda: f"{self.states()}; {self.log()[-3000:]}",
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -141,7 +147,7 @@ class Slurm:
 
     def call(self, *command: str, check: bool = True) -> str:
         """Standard output of a command of Slurm."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 0 or not check, done.stderr
         return done.stdout.strip()
 

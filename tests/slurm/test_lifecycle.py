@@ -38,6 +38,11 @@ class Jobs:
         )  # fmt: skip
         return Job(self.slurm, done.stdout.strip(), self.folder)
 
+    @property
+    def hold(self) -> Path:
+        """As long as this file is there, runs that nobody has asked to end wait before their next step."""
+        return self.output / "hold"
+
     def step(self, number: int) -> bool:
         return (self.output / f"checkpoints/step_{number:08d}").exists()
 
@@ -48,14 +53,17 @@ class Jobs:
 
 @pytest.fixture
 def jobs(slurm: Slurm, tmp_path: Path) -> Jobs:
-    until(lambda: slurm.states() == dict.fromkeys(slurm.nodes, "idle"), 60, lambda: str(slurm.states()))
+    until(lambda: slurm.states() == dict.fromkeys(slurm.nodes, "idle"), 180, lambda: str(slurm.states()))
     return Jobs(slurm, tmp_path)
 
 
 def test_asked_before_its_limit_it_saves_and_is_requeued(jobs: Jobs) -> None:
+    jobs.hold.touch()
     job = jobs.submit("sft", "--nodes=1")
-    job.until(lambda: jobs.step(2))
+    job.until(lambda: len(jobs.runs()) == 1)
     jobs.slurm.call("scancel", "--signal=USR1", "--batch", job.number)
+    job.until(lambda: job.attempts() == ["75"])
+    jobs.hold.unlink()
     job.end()
     assert job.attempts() == ["75", "0"]
     assert [run["arguments"] for run in jobs.runs()] == 2 * [["sft", "run.toml", "--title=A b  c"]]
@@ -63,11 +71,12 @@ def test_asked_before_its_limit_it_saves_and_is_requeued(jobs: Jobs) -> None:
 
 
 def test_cancelled_it_saves_and_stays_so(jobs: Jobs) -> None:
+    jobs.hold.touch()
     job = jobs.submit("sft", "--nodes=1")
-    job.until(lambda: jobs.step(2))
+    job.until(lambda: len(jobs.runs()) == 1)
     jobs.slurm.call("scancel", job.number)
     job.until(lambda: job.attempts() == ["75"])
-    assert wait(lambda: job.state() == "CANCELLED", 30)
+    assert wait(lambda: job.state() == "CANCELLED", 120)
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, ["1", "1", "1"]), (2, ["2"]), (74, ["74"])])
@@ -95,7 +104,7 @@ def test_nodes_that_hung_are_left_out(jobs: Jobs) -> None:
     (jobs.output / "heartbeats/hang.txt").write_text(told)
     job = jobs.submit("sft", "--nodes=1", "--nodelist=n1", MAX_FAILURES="2")
     job.until(lambda: "requeued" in job.said())
-    until(lambda: jobs.slurm.job(job.number).get("ExcNodeList") == "n1", 20)
+    until(lambda: jobs.slurm.job(job.number).get("ExcNodeList") == "n1", 120)
     jobs.slurm.call("scancel", job.number)
 
 
@@ -125,7 +134,7 @@ def test_an_engine_that_does_not_start(jobs: Jobs, script: str) -> None:
 
 def test_what_keeps_engines_is_replaced_when_it_is_killed(jobs: Jobs) -> None:
     """Three times, and the run goes on; once more, and it saves, and the job goes on anew."""
-    (jobs.output / "hold").touch()
+    jobs.hold.touch()
     job = jobs.submit("rl", *TWO_PARTS)
     job.until(lambda: len(jobs.runs()) == 1)
     node = job.nodes(part=1)[-1]
@@ -143,7 +152,7 @@ def test_what_keeps_engines_is_replaced_when_it_is_killed(jobs: Jobs) -> None:
     job.until(kill_four)
     assert len(jobs.runs()) == 1
     job.until(lambda: job.attempts() == ["75"])
-    (jobs.output / "hold").unlink()
+    jobs.hold.unlink()
     job.end()
     assert job.attempts() == ["75", "0"]
     assert f"node {node}: the process that keeps its engines was killed, again and again" in job.said()
@@ -152,26 +161,30 @@ def test_what_keeps_engines_is_replaced_when_it_is_killed(jobs: Jobs) -> None:
 
 def test_engines_of_another_job_that_moves(jobs: Jobs) -> None:
     """In the same job of the trainer; when that is done, the engines' job ends, too."""
+    jobs.hold.touch()
     job = jobs.submit("rl_learner", "--nodes=1")
     fleet = jobs.submit("rl_fleet", "--nodes=2")
-    job.until(lambda: jobs.step(2))
+    job.until(lambda: len(jobs.runs()) == 1)
     jobs.slurm.call("scontrol", "requeue", fleet.number)
+    job.until(lambda: len(jobs.runs()) == 2)
+    jobs.hold.unlink()
     job.end()
     assert job.attempts() == ["0"]
     first, second = jobs.runs()
     assert first["token"] == second["token"] != ""
     assert first["arguments"] != second["arguments"]
-    assert wait(lambda: fleet.state() == "CANCELLED", 30)
+    assert wait(lambda: fleet.state() == "CANCELLED", 120)
 
 
 def test_strays_are_ended(jobs: Jobs) -> None:
     """A process that an earlier job has left, and not one of a job that runs."""
+    jobs.hold.touch()
     running = jobs.submit("sft", "--nodes=1", "--nodelist=n4")
-    running.until(lambda: jobs.step(1))
+    running.until(lambda: len(jobs.runs()) == 1)
     cluster = {"SLURM_CLUSTER_NAME": jobs.slurm.call("scontrol", "show", "config").split("ClusterName")[1].split()[1]}
     strays = [
         subprocess.Popen(
-            [sys.executable, "-c", "import time; time.sleep(200)"],
+            [sys.executable, "-c", "import time; time.sleep(3000)"],
             env={"MEGATRON_R1_ATTEMPT": f"{jobs.folder}/sft-{number}-0", "SLURMD_NODENAME": node, **cluster},
         )
         for number, node in (("999", "n2"), (running.number, "n2"), ("999", "n3"))
@@ -179,7 +192,7 @@ def test_strays_are_ended(jobs: Jobs) -> None:
     try:
         job = jobs.submit("sft", "--nodes=1", "--nodelist=n2")
         job.until(lambda: "ending 1 processes" in job.said())
-        assert strays[0].wait(20) == -15
+        assert strays[0].wait(120) == -15
         assert [stray.poll() for stray in strays[1:]] == [None, None]
         jobs.slurm.call("scancel", job.number, running.number)
     finally:

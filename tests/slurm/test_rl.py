@@ -60,7 +60,7 @@ def test_one_job_of_two_parts(slurm: Slurm, prepared: Path, undisturbed: Path, t
     assert_equal(output, undisturbed)
     assert "report: " in job.said()
     slurm.start_node(dead)
-    until(lambda: slurm.states()[dead] == "idle", 60)
+    until(lambda: slurm.states()[dead] == "idle", 180)
 
 
 def test_two_jobs_with_an_engine_on_two_nodes(slurm: Slurm, prepared: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_two_jobs_with_an_engine_on_two_nodes(slurm: Slurm, prepared: Path, tmp_
     assert job.attempts() == ["0"]
     assert [row["logprob_difference_mean"] < BOUND for row in runs.rows(output)] == [True, True]
     assert json.loads(life.read_text())["number"] == 2
-    until(lambda: not slurm.call("squeue", "--noheader", "--jobs", fleet.number, check=False), 60)
+    until(lambda: not slurm.call("squeue", "--noheader", "--jobs", fleet.number, check=False), 180)
     assert not (jobs / "fleet").exists()
 
 

@@ -134,7 +134,7 @@ def test_a_damaged_file_is_refused_and_the_next_is_loaded_whole(served: Served, 
     """vLLM 0.32 by itself would count the tensors that came before the damaged one twice."""
     written = load_file(served.models[0] / FILE)
     with pytest.raises(TransferError, match=r"(?s)engine-\d does not take them.*checksum .* was sent"):
-        Damaging(served.fleet, tmp_path, list(written)[len(written) // 2]).push(written.items(), served.next())
+        Damaging(served.fleet, tmp_path, list(written)[len(written) // 2]).push(NamedTensors.of(written), served.next())
     SharedMemorySync(served.fleet, tmp_path).push(NamedTensors.of(written), served.next())
     assert said(served.fleet) == served.first
 

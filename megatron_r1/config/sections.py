@@ -284,8 +284,6 @@ class RolloutSection(Section):
             )
         if self.transport == "shared_memory" and not self.on_this_machine:
             raise ValueError('transport = "shared_memory" does not reach addresses on other machines: "disk" does')
-        if self.transport == "nccl" and ranks(self.arguments)[2] > 1:
-            raise ValueError('transport = "nccl" knows no data-parallel replicas: choose "disk"')
         if self.sleep and self.addresses:
             raise ValueError(
                 "sleep gives a GPU's memory back to the trainer, which has no GPU of engines on other nodes, at "

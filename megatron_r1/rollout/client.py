@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,12 @@ class Client:
 
     def start_update(self) -> None:
         """Hold the scheduler, so that no step meets half-loaded weights, and begin."""
-        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})
+        self.hold()
         self._call("POST", "/start_weight_update", self.timeout)
+
+    def hold(self) -> None:
+        """No step begins until it is let go."""
+        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})
 
     def update(self, info: dict[str, Any]) -> None:
         """Have its workers take tensors, as `receiver.UpdateInfo` says."""
@@ -114,22 +118,39 @@ class Client:
 
     def cut(self) -> None:
         """Hold the scheduler; all responses that are under way end where they are, and are answered so."""
-        self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "keep"})  # tokens that it holds back are sent
+        self.hold()  # tokens that it holds back are sent
         self._call("POST", "/pause", CONTROL_SECONDS, params={"mode": "abort"})  # it would throw them away
 
     def connect(self, info: dict[str, Any]) -> None:
-        """Have its workers join the trainer, as `receiver.InitInfo` says; an earlier connection ends."""
+        """Have its workers join the trainer, as `receiver.InitInfo` says; an earlier connection ends.
+
+        It is held from here on: replicas that exchange tokens of experts make their steps together, and one that waits
+        here for the others would be waited for in a step.
+        """
+        self.hold()
         self._call("POST", "/shutdown_weight_transfer_engine", CONTROL_SECONDS)
         self._call("POST", "/init_weight_transfer_engine", self.timeout, json={"init_info": info})
 
-    def received(self) -> list[dict[str, str]]:
-        """Of each worker: checksums of the tensors of this update that it was asked to look at."""
-        answer = self._call("POST", "/collective_rpc", self.timeout, json={"method": "received_checksums"})
-        return list(answer.get("results", []))
+    def compare(self, sums: Mapping[str, str], first: int) -> int:
+        """Have each worker compare tensors of this update with what was sent.
 
-    def workers(self) -> int:
-        """How many it has: one for each of its GPUs."""
-        return int(self._call("GET", "/get_world_size", CONTROL_SECONDS)["world_size"])
+        Args:
+            sums: name -> checksum.
+            first: rank of its first worker in the trainer's group.
+
+        Returns:
+            How many of its first data-parallel replica's say that they have: vLLM drops what the others say.
+
+        Raises:
+            EngineError: one has got something else.
+        """
+        call = {"method": "compare_received", "kwargs": {"sums": dict(sums), "first": first}}
+        return len(self._call("POST", "/collective_rpc", self.timeout, json=call).get("results", []))
+
+    def workers(self, of_one_replica: bool = False) -> int:
+        """How many it has, one for each of its GPUs: all, or those of one data-parallel replica."""
+        counted = {"include_dp": not of_one_replica}
+        return int(self._call("GET", "/get_world_size", CONTROL_SECONDS, params=counted)["world_size"])
 
     def set_weight_version(self, version: int) -> None:
         """Name the weights that the server has loaded by itself."""

@@ -106,15 +106,10 @@ class FanOut:
         return name
 
     def _compare(self, recipient: Recipient, ranks: range) -> None:
-        workers = recipient.client.received()
-        if len(workers) != len(ranks):
-            raise EngineError(f"{len(workers)} of {len(ranks)} workers say what they have got")
-        for rank, received in zip(ranks, workers, strict=True):
-            for name in self.sampled:
-                if received.get(name) != self.sums[name]:
-                    raise EngineError(
-                        f"rank {rank} has got {name} with checksum {received.get(name)}, but {self.sums[name]} was sent"
-                    )
+        workers = recipient.client.workers(of_one_replica=True)
+        said = recipient.client.compare({name: self.sums[name] for name in self.sampled}, ranks.start)
+        if said != workers:
+            raise EngineError(f"{said} of {workers} workers say that they have compared what they have got")
 
     def _each(self, act: Callable[[Recipient, range], object], together: bool = False) -> None:
         """Do something with all of them.

@@ -114,6 +114,25 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if "ipc" in self._direct:
             self._direct["ipc"].shutdown()  # of CUDA IPC it gives the trainer's buffer back, and holds nothing else
 
+    def compare(self, sums: Mapping[str, str], first: int) -> None:
+        """Compare tensors of this update with what was sent.
+
+        Here, and not by the trainer, because vLLM hands on what workers return of an engine's first data-parallel
+        replica alone, but what they raise of all.
+
+        Args:
+            sums: checksums of tensors as the trainer has sent them.
+            first: rank of the engine's first worker in the trainer's group.
+
+        Raises:
+            ValueError: one differs.
+        """
+        own = self.parallel_config
+        rank = first + own.data_parallel_index * own.world_size + own.rank  # as vLLM numbers them
+        for name, sent in sums.items():
+            if (received := self.received.get(name)) != sent:
+                raise ValueError(f"rank {rank} has got {name} with checksum {received}, but {sent} was sent")
+
     def shutdown(self) -> None:
         for engine in self._direct.values():
             engine.shutdown()
@@ -204,9 +223,9 @@ class Receiver:
     weight_transfer_engine: WeightReceiver
     """The worker's own, whose class this one is mixed into."""
 
-    def received_checksums(self) -> Mapping[str, str]:
-        """For the trainer: of the tensors of this update that it has named."""
-        return self.weight_transfer_engine.received
+    def compare_received(self, sums: Mapping[str, str], first: int) -> None:
+        """For the trainer: see `WeightReceiver.compare`."""
+        self.weight_transfer_engine.compare(sums, first)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM offers no public way to ask

@@ -140,6 +140,8 @@ class Sender:
     def _send(self) -> None:
         if self._engine is None:
             raise RuntimeError("there are no engines to send to")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # vLLM reads tensors in streams of its own, which wait for no optimizer
         if isinstance(self._engine, IPCTrainerWeightTransferEngine):  # which refuses a tensor that does not fit
             largest = max(spec.nbytes for spec in self._source.specs.values())
             self._engine.packed_buffer_size_bytes = max(self.buffer, largest)

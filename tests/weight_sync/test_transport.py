@@ -29,16 +29,12 @@ def section(**settings: Any) -> RolloutSection:
         ({"addresses": [HERE, THERE]}, "disk"),
         ({"addresses": [HERE], "transport": "disk"}, "disk"),
         ({"addresses": [THERE], "transport": "nccl"}, "nccl"),
+        ({"addresses": [THERE], "transport": "nccl", "arguments": ["--data-parallel-size=2"]}, "nccl"),
         ({"transport": "ipc"}, "ipc"),
     ],
 )
 def test_auto(settings: dict[str, Any], chosen: str) -> None:
     assert section(**settings).chosen_transport == chosen
-
-
-def test_nccl_reaches_one_replica_of_an_engine() -> None:
-    with pytest.raises(ValueError, match="no data-parallel replicas"):
-        section(transport="nccl", addresses=[THERE], arguments=["--data-parallel-size=2"])
 
 
 @pytest.mark.parametrize("settings", [{"addresses": [HERE]}, {"first_gpu": 1}, {"arguments": ["-tp=2"]}])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_r1.model.parallel import device
 from megatron_r1.model.placement import Block, Share
@@ -26,13 +27,14 @@ class Sender:
     """Of the whole tensor."""
     blocks: tuple[Block, ...]
     dtype: torch.dtype
+    stage: int
+    """Of the pipeline."""
 
 
 def senders(ours: Mapping[str, Share]) -> dict[str, list[Sender]]:
     """Name -> of every part the lowest rank that holds it. All ranks call it together and get the same."""
-    mine = {
-        name: Sender(dist.get_rank(), share.shape, share.blocks, share.tensor.dtype) for name, share in ours.items()
-    }
+    rank, stage = dist.get_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    mine = {name: Sender(rank, share.shape, share.blocks, share.tensor.dtype, stage) for name, share in ours.items()}
     of_ranks: list[dict[str, Sender]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)  # and NCCL has its communicator of all ranks, if it had none
     found: dict[str, dict[tuple[Block, ...], Sender]] = {}

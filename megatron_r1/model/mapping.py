@@ -1,7 +1,8 @@
 """Weights between Megatron modules and Hugging Face names, both ways, by one family's rules."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +18,9 @@ from megatron_r1.model.lora import Adapter, adapters, without_adapters
 from megatron_r1.model.parallel import is_first_rank
 from megatron_r1.model.placement import Share, shares
 from megatron_r1.model.safetensors_file import Spec
+
+EXPERTS = ".experts."
+"""In Megatron's names of routed experts."""
 
 
 class WeightMap:
@@ -60,16 +64,19 @@ class WeightMap:
         if unknown:
             raise DataError(f"no rule knows {len(unknown)} tensors of the checkpoint, for example {unknown[0]}")
 
-    def export(self, chunks: Sequence[GPTModel], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(
+        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and whole values on the first rank, nothing on the others, which have to iterate, too.
 
         Views of the model's own memory where the rank holds all of a tensor, and dtype and order already fit. Adapters
-        are merged into the weights that they belong to.
+        are merged into the weights that they belong to. `only`: Megatron's names of those that are wanted.
         """
         ours = _Own(chunks)
         left = dict(self._sent_by(ours.shares))
         for rule in self.rules:
-            if (holders := left.pop(rule.megatron, None)) is None:
+            holders = left.pop(rule.megatron, None)
+            if holders is None or (only is not None and rule.megatron not in only):
                 continue
             kept = None if rule.float32 else dtype
             if (tensor := collected(holders, partial(ours.value, rule.megatron), kept)) is None:
@@ -78,20 +85,38 @@ class WeightMap:
             yield from ((name, tensor) for name in rule.copies)
         if left:
             raise DataError(f"no rule exports {len(left)} tensors of the model, for example {next(iter(left))}")
-        yield from self.passthrough.items()
+        if only is None:
+            yield from self.passthrough.items()
 
-    def specs(self, chunks: Sequence[GPTModel], dtype: torch.dtype) -> dict[str, Spec]:
+    def specs(
+        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: Collection[str] | None = None
+    ) -> dict[str, Spec]:
         """What `export` yields on the first rank, in its order, without values. All ranks call it together."""
         found: dict[str, Spec] = {}
         sent_by = self._sent_by(_Own(chunks).shares if self._senders is None else {})
         for rule in self.rules:
-            if (holders := sent_by.get(rule.megatron)) is None:
+            holders = sent_by.get(rule.megatron)
+            if holders is None or (only is not None and rule.megatron not in only):
                 continue
             kept = holders[0].dtype if rule.float32 else dtype
             parts = rule.cut(torch.empty(holders[0].shape, dtype=kept, device="meta"))
             names = (*zip(rule.hf, parts, strict=True), *((name, parts[0]) for name in rule.copies))
             found |= {name: Spec(part.dtype, tuple(part.shape)) for name, part in names}
+        if only is not None:
+            return found
         return found | {name: Spec(kept.dtype, tuple(kept.shape)) for name, kept in self.passthrough.items()}
+
+    def of_each_stage(self, chunks: Sequence[GPTModel]) -> frozenset[str]:
+        """Megatron's names of each pipeline stage's largest tensor, and of its largest of a routed expert.
+
+        Of equal ones the last: experts are then another rank's than the rest. All ranks call it together.
+        """
+        largest: dict[tuple[int, bool], tuple[int, str]] = {}
+        for name, holders in self._sent_by(_Own(chunks).shares if self._senders is None else {}).items():
+            key, found = (holders[0].stage, EXPERTS in name), (math.prod(holders[0].shape), name)
+            if key not in largest or found[0] >= largest[key][0]:
+                largest[key] = found
+        return frozenset(name for _, name in largest.values())
 
     def _sent_by(self, ours: Mapping[str, Share]) -> dict[str, list[Sender]]:
         if self._senders is None:
@@ -106,13 +131,19 @@ class Export:
     map: WeightMap
     chunks: Sequence[GPTModel]
     dtype: torch.dtype
+    only: frozenset[str] | None = None
+    """Megatron's names of those that are wanted."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.map.export(self.chunks, self.dtype)
+        return self.map.export(self.chunks, self.dtype, self.only)
 
     def specs(self) -> dict[str, Spec]:
         """See `WeightMap.specs`."""
-        return self.map.specs(self.chunks, self.dtype)
+        return self.map.specs(self.chunks, self.dtype, self.only)
+
+    def of_each_stage(self) -> "Export":
+        """A few of them: see `WeightMap.of_each_stage`."""
+        return replace(self, only=self.map.of_each_stage(self.chunks))
 
 
 def _joined(rule: Rule, reader: Weights, shape: tuple[int, ...]) -> torch.Tensor:

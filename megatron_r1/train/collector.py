@@ -22,6 +22,7 @@ from megatron_r1.report.run import Report
 from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.reward.judge import Judge
 from megatron_r1.rollout.conversation import Conversation
+from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.rollout.scorer import Scorers
@@ -73,6 +74,7 @@ class Collector:
             specs = export.specs()
             for attempt in count():
                 try:
+                    self._try(export)
                     consumed_by_first_rank(lambda tensors: self._push(NamedTensors(tensors, specs), version), export)
                     break
                 except TransferError as error:
@@ -166,11 +168,16 @@ class Collector:
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
 
-    def _push(self, tensors: NamedTensors, version: int) -> None:
-        """On the first rank; the first time one tensor goes ahead, and what a push will be is said."""
+    def _try(self, export: Export) -> None:
+        """The first time a few tensors go ahead, and what a push will be is said."""
         if not self._tried:
-            self._report.message(str(preflight(self._sync, tensors)))
+            transport = self._config.rollout.chosen_transport
+            plan = preflight(lambda tensors: self._sync.push(tensors, PREFLIGHT), export, transport)
+            self._report.message(str(plan))
             self._tried = True
+
+    def _push(self, tensors: NamedTensors, version: int) -> None:
+        """On the first rank."""
         began, gathered = time.monotonic(), math.inf
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:

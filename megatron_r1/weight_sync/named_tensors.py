@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
@@ -28,13 +27,6 @@ class NamedTensors:
     def nbytes(self) -> int:
         """Of all of them."""
         return sum(spec.nbytes for spec in self.specs.values())
-
-    def first(self) -> "NamedTensors":
-        """Only the first of them, which stays here, too."""
-        rest = iter(self.tensors)
-        name, tensor = next(rest)
-        self.tensors = chain([(name, tensor)], rest)
-        return NamedTensors([(name, tensor)], {name: self.specs[name]})
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> "NamedTensors":

@@ -1,13 +1,17 @@
 """How the policy's weights reach the engines: one interface, which transport a run has, and what it says of a push."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError
-from megatron_r1.rollout.engine import PREFLIGHT, Engine
+from megatron_r1.model.parallel import consumed_by_first_rank
+from megatron_r1.model.safetensors_file import Spec
+from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.member import Member
 from megatron_r1.weight_sync.disk import DiskSync
 from megatron_r1.weight_sync.named_tensors import NamedTensors
@@ -84,33 +88,53 @@ class PushPlan:
     tensors: int
     bytes: int
     transport: str
-    tried: str
-    """The tensor that was sent before the first push."""
+    tried: tuple[str, ...]
+    """Tensors that were sent before the first push."""
     tried_bytes: int
     tried_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Of a push, if each byte takes as long as those that were tried. A small tensor makes this too much."""
+        """Of a push, if each byte takes as long as those that were tried. Few bytes make this too much."""
         return self.tried_seconds * max(1.0, self.bytes / self.tried_bytes)
 
     def __str__(self) -> str:
         return (
             f"weights reach the engines by {self.transport}: {self.tensors:,} tensors, {self.bytes / MIB:,.1f} MiB a "
-            f"push, at most about {self.seconds:.2g} s ({self.tried}, {self.tried_bytes / MIB:,.2f} MiB, took "
-            f"{self.tried_seconds:.2g} s)"
+            f"push, at most about {self.seconds:.2g} s ({len(self.tried)} of them, from every pipeline stage, "
+            f"{self.tried_bytes / MIB:,.2f} MiB, took {self.tried_seconds:.2g} s)"
         )
 
 
-def preflight(sync: WeightSync, tensors: NamedTensors) -> PushPlan:
-    """Send the first tensor alone, twice: the first time makes connections, the second is timed.
+class Exported(Protocol):
+    """A model's tensors, collected anew each time that all ranks iterate it (`Export`)."""
 
-    Engines have no usable weights afterwards, until the next push.
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def specs(self) -> Mapping[str, Spec]:
+        """What it gives."""
+        ...
+
+    def of_each_stage(self) -> "Exported":
+        """A few of them, from every rank's kind."""
+        ...
+
+
+def preflight(push: Callable[[NamedTensors], float], export: Exported, transport: str) -> PushPlan:
+    """Send a few tensors of every pipeline stage alone, twice: the first makes connections, the second is timed.
+
+    Engines have no usable weights afterwards, until the next push. All ranks call it together and get the same.
+
+    Args:
+        push: `WeightSync.push` as version `PREFLIGHT`; called on the first rank.
+        export: what will be pushed.
+        transport: by which.
 
     Raises:
         EngineError: as `WeightSync.push`.
     """
-    sync.push(tensors.first(), PREFLIGHT)
-    one = tensors.first()
-    seconds = sync.push(one, PREFLIGHT)
-    return PushPlan(len(tensors.specs), tensors.nbytes, sync.transport, next(iter(one.specs)), one.nbytes, seconds)
+    few = export.of_each_stage()
+    whole, specs, seconds = NamedTensors((), export.specs()), few.specs(), 0.0
+    for _ in range(2):
+        seconds = consumed_by_first_rank(lambda tensors: push(NamedTensors(tensors, specs)), few)
+    tried = sum(spec.nbytes for spec in specs.values())
+    return PushPlan(len(whole.specs), whole.nbytes, transport, tuple(specs), tried, seconds)

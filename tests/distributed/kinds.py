@@ -108,6 +108,7 @@ def pretrain(part: dict[str, Any], seen: Seen) -> dict[str, torch.Tensor]:
     """Next-token prediction on rows."""
     policy = policy_of(part)
     seen["start"] = digests(policy)
+    seen["few"] = [name for name, _ in policy.model.export(torch.float32).of_each_stage()]
     seen["figures"] = [policy.step(rows(policy, part, step), CrossEntropy()) for step in range(STEPS)]
     return exported(policy, torch.float32)
 

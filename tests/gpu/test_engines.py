@@ -16,6 +16,7 @@ from megatron_r1.config.sections import OptimSection, RolloutSection
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
+from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.train.batch import Trajectory, split
 from megatron_r1.train.policy import Policy
@@ -122,9 +123,9 @@ def test_new_weights_arrive(both: Both, v3: Path, transport: str, record_propert
 
 
 def pushed(both: Both, sync: WeightSync) -> float:
-    """Seconds, after one tensor ahead."""
+    """Seconds, after some tensors ahead."""
     export = both.model.export(torch.bfloat16)
-    preflight(sync, NamedTensors(iter(export), export.specs()))
+    preflight(lambda tensors: sync.push(tensors, PREFLIGHT), export, sync.transport)
     return sync.push(NamedTensors(iter(export), export.specs()), both.fleet.version + 1)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_r1.config.sections import ParallelSection
+from megatron_r1.model.parallel import initialize
+from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.rollout import sender
+from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.weight_sync.direct import DirectSync
@@ -89,19 +93,39 @@ def test_engines_answer_as_with_a_file(served: Served, transport: Literal["nccl"
     sync.close()
 
 
+class Exported:
+    """A model's tensors, of which a few are tried: a layer of experts with one of them, a fused matrix with a part."""
+
+    few = ("self_attn.q_a_proj", "mlp.experts.7.", "layernorm", "embed_tokens")
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.tensors.items())
+
+    def specs(self) -> Mapping[str, Spec]:
+        return NamedTensors.of(self.tensors).specs
+
+    def of_each_stage(self) -> "Exported":
+        chosen = {name: tensor for name, tensor in self.tensors.items() if any(part in name for part in self.few)}
+        return Exported(chosen)
+
+
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_preflight(served: Served, transport: Literal["nccl", "ipc"]) -> None:
-    """One tensor ahead, the smallest, changes nothing of what is pushed, and says how large that is."""
-    by_size = sorted(served.tensors(0), key=lambda pair: pair[1].nbytes)
-    sync, tensors = served.sync(transport), NamedTensors.of(dict(by_size))
-    assert by_size[-1][1].nbytes > SMALL * 2**30
-    plan = preflight(sync, tensors)
-    assert (plan.tensors, plan.bytes) == (len(tensors.specs), sum(spec.nbytes for spec in tensors.specs.values()))
-    name = next(iter(tensors.specs))
-    assert (plan.tried, plan.tried_bytes) == (name, tensors.specs[name].nbytes)
+    """Tensors ahead that fill layers in part change nothing of what is pushed, and say how large that is."""
+    initialize(ParallelSection(), seed=0)
+    sync, export = served.sync(transport), Exported(dict(served.tensors(0)))
+    plan = preflight(lambda tensors: sync.push(tensors, PREFLIGHT), export, transport)
+    sizes = {name: tensor.nbytes for name, tensor in export.tensors.items()}
+    assert max(sizes.values()) > SMALL * 2**30
+    assert (plan.tensors, plan.bytes) == (len(sizes), sum(sizes.values()))
+    assert {part for part in Exported.few if any(part in name for name in plan.tried)} == set(Exported.few)
+    assert plan.tried_bytes == sum(sizes[name] for name in plan.tried) < plan.bytes
     assert plan.seconds > 0
     assert f"by {transport}: {plan.tensors} tensors" in str(plan)
-    sync.push(tensors, served.next())
+    sync.push(NamedTensors.of(export.tensors), served.next())
     assert said(served.fleet) == served.first
     sync.close()
 
@@ -134,7 +158,7 @@ def test_a_damaged_file_is_refused_and_the_next_is_loaded_whole(served: Served, 
     """vLLM 0.32 by itself would count the tensors that came before the damaged one twice."""
     written = load_file(served.models[0] / FILE)
     with pytest.raises(TransferError, match=r"(?s)engine-\d does not take them.*checksum .* was sent"):
-        Damaging(served.fleet, tmp_path, list(written)[len(written) // 2]).push(written.items(), served.next())
+        Damaging(served.fleet, tmp_path, list(written)[len(written) // 2]).push(NamedTensors.of(written), served.next())
     SharedMemorySync(served.fleet, tmp_path).push(NamedTensors.of(written), served.next())
     assert said(served.fleet) == served.first
 

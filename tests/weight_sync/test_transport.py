@@ -7,8 +7,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from megatron_r1.config.sections import RolloutSection
+from megatron_r1.config.sections import ParallelSection, RolloutSection
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.parallel import initialize
+from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.transport import PushPlan, TakesWeights, open_sync, preflight
@@ -63,17 +65,37 @@ class Noting:
     def close(self) -> None: ...
 
 
-def test_preflight_sends_one_tensor_and_loses_none() -> None:
-    whole = {"a": torch.zeros(4, 2**18), "b": torch.zeros(3, 2**20)}
+class Exported:
+    """Three tensors, of which two are tried, collected anew each time."""
 
-    def collected() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from whole.items()
+    whole = {"a": torch.zeros(4, 2**18), "b": torch.zeros(3, 2**20), "c": torch.zeros(2**20)}
 
-    sync, tensors = Noting(), NamedTensors(collected(), NamedTensors.of(whole).specs)
-    plan = preflight(sync, tensors)
-    sync.push(tensors, 0)
-    assert sync.pushed == [(PREFLIGHT, ["a"]), (PREFLIGHT, ["a"]), (0, ["a", "b"])]
-    assert plan == PushPlan(2, 2**24, "disk", "a", 2**22, 0.5)
-    assert plan.seconds == 2.0
-    said = "weights reach the engines by disk: 2 tensors, 16.0 MiB a push, at most about 2 s (a, 4.00 MiB, took 0.5 s)"
-    assert str(plan) == said
+    def __init__(self, names: str = "abc") -> None:
+        self.names, self.passes = names, 0
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.passes += 1
+        for name in self.names:
+            yield name, self.whole[name]
+
+    def specs(self) -> dict[str, Spec]:
+        return {name: Spec(self.whole[name].dtype, tuple(self.whole[name].shape)) for name in self.names}
+
+    def of_each_stage(self) -> "Exported":
+        self.few = Exported("ac")
+        return self.few
+
+
+def test_preflight_sends_what_each_stage_gives() -> None:
+    """Twice, and collected twice; all of it says how long a push will take."""
+    initialize(ParallelSection(), seed=0)
+    sync, export = Noting(), Exported()
+    plan = preflight(lambda tensors: sync.push(tensors, PREFLIGHT), export, "disk")
+    assert sync.pushed == [(PREFLIGHT, ["a", "c"])] * 2
+    assert (export.passes, export.few.passes) == (0, 2)
+    assert plan == PushPlan(3, 5 * 2**22, "disk", ("a", "c"), 2**23, 0.5)
+    assert plan.seconds == 0.5 * 20 / 8
+    assert str(plan) == (
+        "weights reach the engines by disk: 3 tensors, 20.0 MiB a push, at most about 1.2 s (2 of them, from every "
+        "pipeline stage, 8.00 MiB, took 0.5 s)"
+    )

@@ -41,6 +41,27 @@ def test_learners(tmp_path: Path) -> None:
     assert "log-probabilities, BF16" in shown
 
 
+@pytest.mark.parametrize("numbers", ["bf16", "fp8"])
+def test_the_baseline_is_computed_with_the_same_kernels(numbers: str) -> None:
+    """Megatron-core's own layer spec under the very config that ours has: else no ratio would mean anything."""
+    command = [sys.executable, "-m", "tests.tools.published_program", numbers]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    ours, published = found["ours"], found["published"]
+    assert published == ours
+    chosen = {
+        name: published["config"][name] for name in ("moe_grouped_gemm", "moe_permute_fusion", "transformer_impl")
+    }
+    assert chosen == {
+        "moe_grouped_gemm": "True",
+        "moe_permute_fusion": "True",
+        "transformer_impl": "'transformer_engine'",
+    }
+    assert published["config"]["fp8"] == {"bf16": "None", "fp8": "'e4m3'"}[numbers]
+    assert published["modules"]["TEGroupedMLP"] == published["modules"]["MoELayer"] > 0
+
+
 def test_engines(tmp_path: Path) -> None:
     figures, shown = run(tmp_path / "h100.json", "--parts", "engines", f"--port={free_port()}")
     push, rollout = figures["results"]

@@ -1,5 +1,6 @@
 """Who trains in `h100.py`: ours, Megatron-core's own pieces, transformers. One stands in memory at a time."""
 
+import copy
 import dataclasses
 import gc
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_r1.config.sections import OptimSection
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model.build import BuiltModel, build_model
-from megatron_r1.model.flops import whole_config
 from megatron_r1.model.parallel import device
 from megatron_r1.optim.optimizer import make_trainable
 from megatron_r1.train.batch import from_rows
@@ -63,7 +63,7 @@ class Megatron:
     def __init__(self, folder: Path, batch: list[Row], **changes: Any) -> None:
         built = build_model(section(folder, **changes), batch[0][0].size(1))
         if built.kernels.fused:
-            built = dataclasses.replace(built, chunks=[published(built, folder, batch[0][0].size(1), **changes)])
+            built = dataclasses.replace(built, chunks=[published(built, batch[0][0].size(1))])
         self.loop, self.batch = BareMegatron(built, make_trainable(built, OPTIM, UPDATES)), batch
 
     def step(self) -> None:
@@ -73,13 +73,13 @@ class Megatron:
         raise SystemExit("log-probabilities are compared with transformers")
 
 
-def published(built: BuiltModel, folder: Path, length: int, **changes: Any) -> torch.nn.Module:
-    """The same model of the spec that Megatron-core publishes."""
+def published(built: BuiltModel, length: int) -> torch.nn.Module:
+    """The same model, with the same kernels and numbers, of the spec that Megatron-core publishes."""
     # Here, because on CPU megatron_r1.model must have prepared Megatron before anything imports it.
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    config = whole_config(built.hf, section(folder, **changes))
+    config = copy.copy(built.config)  # its own: training writes into it
     model: torch.nn.Module = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=True),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_r1.rollout import sender
+from megatron_r1.rollout import ipc_sender, sender
 from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.weight_sync.direct import DirectSync
@@ -73,7 +73,8 @@ def served(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     )
     with pytest.MonkeyPatch.context() as patch:
         on_cpu.install(patch.setattr)
-        patch.setattr(sender, "torch", on_cpu.Torch())
+        for module in (sender, ipc_sender):
+            patch.setattr(module, "torch", on_cpu.Torch())
         patch.setenv(on_cpu.FAULTS, str(folder))
         with Fleet(section, models[0], folder, "float32", decode) as fleet:
             yield Served(fleet, models, folder)

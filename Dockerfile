@@ -23,11 +23,13 @@ ENV UV_COMPILE_BYTECODE=1
 # The packages before the sources, so that a change of sources leaves their layers.
 COPY requirements requirements
 RUN python3.12 -m venv .venv && requirements/install.sh .venv requirements/gpu.lock
-# 32 files of C++, no kernels: those come with transformer-engine-cu13.
+# 32 files of C++, no kernels: those come with transformer-engine-cu13. CPATH: the headers of the very libraries that
+# torch loads, before those of NGC's.
 ARG MAX_JOBS=16
-ENV NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1
+ENV NVTE_PYTORCH_FORCE_BUILD=TRUE
 RUN .venv/bin/python -m pip install --no-cache-dir wheel==0.45.1 \
-    && .venv/bin/python -m pip install --no-cache-dir --no-build-isolation --no-deps \
+    && CPATH=$(printf '%s:' "$PWD"/.venv/lib/python3.12/site-packages/nvidia/*/include) \
+        .venv/bin/python -m pip install --no-cache-dir --no-build-isolation --no-deps \
         --requirement requirements/transformer_engine.lock
 COPY . .
 RUN .venv/bin/python -m pip install --no-cache-dir --no-deps --no-index --no-build-isolation --editable . \

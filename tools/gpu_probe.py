@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from megatron_r1.doctor import nccl
+
 PACKAGES = (
     *("torch", "transformers", "megatron-core", "transformer-engine", "transformer-engine-torch", "vllm"),
     *("flash-attn", "apex", "deep-ep", "nvidia-modelopt", "nvidia-nccl-cu13", "nvidia-cudnn-cu13", "numpy", "pydantic"),
@@ -31,7 +33,7 @@ def main() -> None:
         major, minor = torch.cuda.get_device_capability()
         free, total = torch.cuda.mem_get_info()
         print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-        print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {torch.cuda.nccl.version()}")
+        print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl.version()}")
     else:
         print("no CUDA device")
     for name in MODULES:

@@ -24,7 +24,8 @@ ARCHITECTURE=${ARCHITECTURE:-90}
 PYTHON=${PYTHON:-python3}
 TARGET=3.12 # Python there
 ENGINE=${ENGINE:-0.32.0}
-TRANSFORMER_ENGINE=2.20.2
+# The newest that megatron-core 0.16.1 takes (its metadata: >=2.9.0a0,<2.12).
+TRANSFORMER_ENGINE=$(sed -n 's/^transformer-engine==//p' requirements/gpu.lock)
 
 # What a CUDA image with torch, transformers and the usual scientific packages lacks; versions are those of the locks.
 # What only rewards for languages and code need is left out: no test here uses them.
@@ -125,13 +126,25 @@ into_site() { # WHEEL
 }
 
 # No wheel of transformer_engine_torch exists. It has no CUDA kernels: two to four minutes of C++. The wheel is kept in
-# RESULTS, where that is set, to be brought along the next time instead of the source.
+# RESULTS, where that is set, to be brought along the next time instead of the source. Its setup takes the toolkit's
+# headers alone where there is one (build_tools/utils.py, get_cuda_include_dirs), and no toolkit has cuDNN's: the
+# compiler finds those, and what else is missing, by CPATH in the wheels that torch came with.
 build() { # SOURCE
     local wheels=${RESULTS:-$(mktemp -d)}
-    PYTHONPATH=$SITE NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 \
-        NVTE_BUILD_USE_NVIDIA_WHEELS=1 MAX_JOBS=$(nproc) "$PYTHON" -m pip wheel --quiet --no-index --no-deps \
+    PYTHONPATH=$SITE NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$(nproc) \
+        CPATH=$(headers)${CPATH:+:$CPATH} "$PYTHON" -m pip wheel --quiet --no-index --no-deps \
         --no-build-isolation --wheel-dir "$wheels/$(basename "$1" .tar.gz)" "$1" \
         && into_site "$wheels/$(basename "$1" .tar.gz)"/*.whl
+}
+
+headers() { # of NVIDIA's wheels
+    "$PYTHON" - <<'EOF'
+from pathlib import Path
+
+import nvidia
+
+print(":".join(str(path) for root in nvidia.__path__ for path in sorted(Path(root).glob("*/include"))))
+EOF
 }
 
 inside() { # LOG COMMAND...: with the packages, within the limit, its output on the screen and in a file
@@ -150,8 +163,10 @@ run_tests() {
         -p no:cacheprovider "$@"
 }
 
-bench() {
-    inside bench.log "$PYTHON" tools/bench/h100.py --output="$RESULTS/h100.json" "$@"
+bench() { # NAME [H100.PY...]
+    local name=$1
+    shift
+    inside "$name.log" "$PYTHON" tools/bench/h100.py --output="$RESULTS/$name.json" "$@"
 }
 
 verb=${1:-help}
@@ -161,13 +176,14 @@ pack) pack "$@" ;;
 install) install "$1" ;;
 probe) RESULTS=$1 && probe ;;
 test) RESULTS=$1 && shift && run_tests "$@" ;;
-bench) RESULTS=$1 && shift && bench "$@" ;;
+bench) RESULTS=$1 && shift && bench h100 "$@" ;;
 all)
     export RESULTS=$2
     install "$1"
     probe
     run_tests
-    bench
+    bench learners --parts learners
+    bench engines --parts engines
     ;;
 *)
     sed -n '2,/^set/{/^#/p}' "$0"

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import megatron_r1
 from megatron_r1.doctor.finding import Finding
 from megatron_r1.doctor.versions import cuda_of_torch, installed
 
@@ -22,11 +23,12 @@ _MODULES = Path("/sys/module")
 _COLUMNS = "name,memory.total,driver_version,compute_cap,ecc.errors.uncorrected.volatile.total,mig.mode.current"
 _ASK = """
 import json, torch
+from megatron_r1.doctor import nccl
 ones = torch.ones(256, 256, device="cuda")
 print(json.dumps({
     "devices": torch.cuda.device_count(),
     "right": bool((ones @ ones == 256).all()),
-    "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    "nccl": ".".join(map(str, nccl.version())),
     "peers": all(torch.cuda.can_device_access_peer(0, other) for other in range(1, torch.cuda.device_count())),
 }))
 """
@@ -114,9 +116,12 @@ def _torch(gpus: Gpus) -> Finding:
     if installed("torch") is None or cuda_of_torch() is None:
         fix = "requirements/install.sh .venv requirements/gpu.lock in a new .venv"
         return Finding(PART, name, "note", "the installed torch is for CPU", fix, frozenset({"gpu"}))
+    path = os.pathsep.join(filter(None, [str(Path(megatron_r1.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", _ASK]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=TORCH_SECONDS, check=False
+            command, capture_output=True, text=True, timeout=TORCH_SECONDS, check=False, env=environment
         )
     except subprocess.TimeoutExpired:
         return Finding(PART, name, "bad", f"no answer in {TORCH_SECONDS:g} s", "nvidia-smi -q | grep -A3 Fabric")

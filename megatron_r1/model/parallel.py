@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_r1.config.environment import set_own
 from megatron_r1.config.kernels import KernelsSection
 from megatron_r1.config.sections import ParallelSection
 from megatron_r1.errors import ConfigError
@@ -42,8 +43,7 @@ def initialize(section: ParallelSection, seed: int, kernels: KernelsSection | No
         torch.set_num_threads(section.threads)
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            for name, value in cuda_environment(section, kernels or KernelsSection()).items():
-                os.environ.setdefault(name, value)
+            set_own(cuda_environment(section, kernels or KernelsSection()))
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
@@ -67,14 +67,20 @@ def initialize(section: ParallelSection, seed: int, kernels: KernelsSection | No
 
 
 def cuda_environment(section: ParallelSection, kernels: KernelsSection) -> dict[str, str]:
-    """What CUDA reads when its first kernel runs. What the user has set wins.
+    """What CUDA, torch and NCCL read when they start. What the user has set wins.
 
     Queues are what Megatron-LM 0.19.2 asks for (training/arguments.py:1413): with tensor or context parallelism 1, so
     that a collective starts before the product that is to hide it; with `overlap_expert_exchange` many, because
     exchange and products run on streams of their own. With both it leaves the choice; here what was asked for wins.
     """
-    # Packed rows are never of one length: without it memory ends up in pieces that fit none.
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = {}
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the same settings by their newer name
+        # Packed rows are never of one length: without it memory ends up in pieces that fit none.
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if (
+        kernels.cuda_graphs == "local"
+    ):  # as Megatron asserts (0.16.1, cuda_graphs.py:1413): NCCL would register addresses
+        environment["NCCL_GRAPH_REGISTER"] = "0"
     if kernels.overlap_expert_exchange:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     elif section.tensor > 1 or section.context > 1:

@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from megatron_r1.errors import EngineError
 from megatron_r1.rollout.checksum import checksum, sampled
 from megatron_r1.rollout.fan_out import FanOut, Recipient, TransferError
+from megatron_r1.rollout.ipc_sender import IpcFromFirstRank
 from megatron_r1.rollout.server import EngineLostError
 
 ENDING_SECONDS = 30.0
@@ -70,17 +71,6 @@ class Source(WeightSource):
             if name in self.sampled:
                 self.sums[name] = checksum(sent)
             yield name, sent
-
-
-class IpcFromFirstRank(IPCTrainerWeightTransferEngine):
-    """The original has each rank of the learner send to the engine on its GPU; here the first sends all, alone."""
-
-    def _all_gather_and_merge_handles(self, handles: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return handles
-
-    @staticmethod
-    def _post_send_sync() -> None:
-        torch.cuda.ipc_collect()
 
 
 class Sender:
@@ -140,9 +130,7 @@ class Sender:
     def _send(self) -> None:
         if self._engine is None:
             raise RuntimeError("there are no engines to send to")
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # vLLM reads tensors in streams of its own, which wait for no optimizer
-        if isinstance(self._engine, IPCTrainerWeightTransferEngine):  # which refuses a tensor that does not fit
+        if isinstance(self._engine, IpcFromFirstRank):  # which refuses a tensor that does not fit
             largest = max(spec.nbytes for spec in self._source.specs.values())
             self._engine.packed_buffer_size_bytes = max(self.buffer, largest)
         self._engine.send_weights()
@@ -192,6 +180,7 @@ class Sender:
             try:
                 if device is not None:
                     torch.cuda.set_device(device)  # each thread has its own
+                    torch.cuda.synchronize()  # vLLM packs on streams that do not wait for the optimizer's last kernels
                 act()
             except Exception as error:
                 outcomes.put(error)

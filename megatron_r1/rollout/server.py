@@ -20,6 +20,7 @@ import torch
 
 import megatron_r1
 from megatron_r1.config.engine_arguments import ranks
+from megatron_r1.config.environment import inherited
 from megatron_r1.config.lm_eval import TextServerSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.sections import RolloutSection
@@ -90,7 +91,7 @@ class Server:
 
     Args:
         command: what is run, under the supervisor.
-        environment: variables beside the run's own.
+        environment: variables beside the run's own; those that its learner has set for itself are left out.
         port: where the command listens; 0 = nowhere, as a part of an engine that spans nodes.
         log: file that its output is appended to.
         key: of the run file, which sets the port.
@@ -108,7 +109,7 @@ class Server:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", SUPERVISOR_MODULE, str(os.getpid()), *command],
-                env=os.environ | environment,
+                env=inherited() | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

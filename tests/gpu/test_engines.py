@@ -60,13 +60,13 @@ Record = Callable[[str, object], None]
 
 def direct(fleet: Fleet, transport: Literal["nccl", "ipc"]) -> WeightSync:
     """Imports vLLM only where it is needed; on a CPU the stand-ins of the CPU tests take part."""
-    from megatron_r1.rollout import sender
+    from megatron_r1.rollout import ipc_sender, sender
     from megatron_r1.weight_sync.direct import DirectSync
     from tests.rollout import on_cpu
 
     if REHEARSAL:
         on_cpu.install(setattr)
-        sender.torch = on_cpu.Torch()
+        sender.torch = ipc_sender.torch = on_cpu.Torch()
     return DirectSync(fleet, transport, fleet.section)
 
 

@@ -35,7 +35,7 @@ def _refusal() -> str:
     """Why NCCL cannot do it here."""
     if not ON_GPU:
         return ""
-    code = "import torch; print(*torch.cuda.nccl.version())"
+    code = "import torch; from megatron_r1.doctor import nccl; print(*nccl.version())"
     asked = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     found = tuple(map(int, asked.stdout.split()))
     return f"NCCL {found} refuses two ranks on one GPU; MEGATRON_R1_NCCL names another" if found < OLDEST else ""

@@ -26,7 +26,7 @@ class _Module(torch.nn.Module):
         torch.nn.Module.__init__(self)
         self.fuse_wgrad_accumulation, self.parallel_mode = fuse_wgrad_accumulation, parallel_mode
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
-        self.fp8 = self.fp8_calibration = False
+        self.fp8 = self.fp8_calibration = self.save_original_input = False
         self.asked = rest
 
     def get_extra_state(self) -> torch.Tensor:
@@ -169,7 +169,12 @@ def install() -> None:
         ".common.recipe": {name: type(name, (_Recipe,), {}) for name in recipes}
         | {"Format": SimpleNamespace(E4M3="e4m3", HYBRID="hybrid")},
         ".pytorch": {**linears, "RMSNorm": RMSNorm, "LayerNorm": RMSNorm, "DotProductAttention": DotProductAttention}
-        | {"fp8_autocast": no_context, "fp8_model_init": no_context, "Fp8Padding": object, "Fp8Unpadding": object},
+        | {
+            "fp8_autocast": no_context,
+            "fp8_model_init": no_context,
+            "Fp8Padding": torch.nn.Identity,
+            "Fp8Unpadding": torch.nn.Identity,
+        },
         ".pytorch.ops": {"Sequential": object, "FusibleOperation": object},
         ".pytorch.fp8": {"FP8GlobalStateManager": _Manager}
         | {"fp8_autocast": no_context, "fp8_model_init": no_context},

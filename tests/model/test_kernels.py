@@ -170,7 +170,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("without expert parallelism", {"layout": ALONE, "kernels": {"dispatcher": "deepep"}}),
     (
         '"hybridep" without the package',
-        {"machine": dataclasses.replace(H100, deep_ep=False), "kernels": {"dispatcher": "deepep"}},
+        {"machine": dataclasses.replace(H100, deep_ep=False), "kernels": {"dispatcher": "hybridep"}},
     ),
     ('"deepep" with dtype', {"dtype": "float32", "kernels": {"dispatcher": "deepep"}}),
     ("shared_expert_overlap with dispatcher", {"kernels": {"dispatcher": "deepep", "shared_expert_overlap": True}}),

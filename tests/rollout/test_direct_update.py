@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_r1.config.sections import ParallelSection
 from megatron_r1.model.parallel import initialize
 from megatron_r1.model.safetensors_file import Spec
-from megatron_r1.rollout import sender
+from megatron_r1.rollout import ipc_sender, sender
 from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fan_out import TransferError
 from megatron_r1.rollout.fleet import Fleet
@@ -77,7 +77,8 @@ def served(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     )
     with pytest.MonkeyPatch.context() as patch:
         on_cpu.install(patch.setattr)
-        patch.setattr(sender, "torch", on_cpu.Torch())
+        for module in (sender, ipc_sender):
+            patch.setattr(module, "torch", on_cpu.Torch())
         patch.setenv(on_cpu.FAULTS, str(folder))
         with Fleet(section, models[0], folder, "float32", decode) as fleet:
             yield Served(fleet, models, folder)

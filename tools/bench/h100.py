@@ -12,7 +12,7 @@ data sheet's. `--parts` leaves something out, as vLLM where it is not installed.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ STEPS = 10
 """Of a figure."""
 
 
-def learners(folder: Path, tiny: bool, rounds: int, fp8: bool) -> list[Comparison]:
-    """Measured pairs of learners."""
+def learners(folder: Path, tiny: bool, rounds: int, fp8: bool) -> Iterator[Comparison]:
+    """Pairs of learners, each when it is measured."""
     vocabulary = read_config(folder)["vocab_size"]
     rows, length = shape(tiny)
     made = batch(vocabulary, rows, length)
@@ -57,8 +57,8 @@ def learners(folder: Path, tiny: bool, rounds: int, fp8: bool) -> list[Compariso
         ]
     for comparison in found:
         measure([comparison], rounds)  # pair by pair: a model is exchanged as rarely as may be
+        yield comparison
     stage.clear()
-    return found
 
 
 def _bare(stage: Stage, folder: Path, made: list[Any], **changes: Any) -> Callable[[str], Callable[[], float]]:
@@ -69,6 +69,14 @@ def _bare(stage: Stage, folder: Path, made: list[Any], **changes: Any) -> Callab
 def shape(tiny: bool) -> tuple[int, int]:
     """Rows of a step, and tokens of a row."""
     return (h100_slice.TINY_ROWS, h100_slice.TINY_LENGTH) if tiny else (h100_slice.ROWS, h100_slice.LENGTH)
+
+
+def measured(chosen: argparse.Namespace, folder: Path, peaks: h100_peaks.Peaks) -> Iterator[Comparison]:
+    """Of the parts that were asked for."""
+    if "learners" in chosen.parts:
+        yield from learners(folder, chosen.tiny, chosen.rounds, fp8=not (chosen.tiny or chosen.no_fp8))
+    if "engines" in chosen.parts:
+        yield from h100_engines.comparisons(chosen.tiny, peaks, chosen.port, chosen.rounds)
 
 
 def rates(comparison: Comparison, folder: Path, tiny: bool, peaks: h100_peaks.Peaks) -> dict[str, Any]:
@@ -128,19 +136,17 @@ def main() -> None:
     chosen = arguments()
     initialize(ParallelSection(), seed=0)
     peaks = h100_peaks.measure(chosen.tiny)
-    found: list[Comparison] = []
     with tempfile.TemporaryDirectory(prefix="megatron-r1-bench-") as name:
         folder = h100_slice.write(Path(name) / "slice", chosen.tiny)
-        if "learners" in chosen.parts:
-            found += learners(folder, chosen.tiny, chosen.rounds, fp8=not (chosen.tiny or chosen.no_fp8))
-        if "engines" in chosen.parts:
-            found += h100_engines.comparisons(chosen.tiny, peaks, chosen.port, chosen.rounds)
-        results = [rates(comparison, folder, chosen.tiny, peaks) for comparison in found]
         hf = read_config(folder)
-    settings = {name: hf[name] for name in ("num_hidden_layers", "n_routed_experts", "hidden_size", "vocab_size")}
-    settings |= {"tiny": chosen.tiny, "rows and tokens of a step": shape(chosen.tiny)}
-    everything = {"benchmark": "one GPU", "settings": settings, "machine": machine(), "peaks": vars(peaks)}
-    chosen.output.write_text(json.dumps(everything | {"results": results}, indent=2) + "\n")
+        settings = {name: hf[name] for name in ("num_hidden_layers", "n_routed_experts", "hidden_size", "vocab_size")}
+        settings |= {"tiny": chosen.tiny, "rows and tokens of a step": shape(chosen.tiny)}
+        everything = {"benchmark": "one GPU", "settings": settings, "machine": machine(), "peaks": vars(peaks)}
+        results: list[dict[str, Any]] = []
+        for comparison in measured(chosen, folder, peaks):
+            results.append(rates(comparison, folder, chosen.tiny, peaks))
+            # Each time, so that what is there outlives what a limit of time cuts short.
+            chosen.output.write_text(json.dumps(everything | {"results": results}, indent=2) + "\n")
     console = Console(width=140)
     console.print(table(results, peaks))
     for key, value in (settings | machine()).items():

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from megatron_r1.rollout.fleet import Fleet, stop_token_ids
 from megatron_r1.seeds import stream_seed
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
+from megatron_r1.weight_sync.transport import WeightSync
 
 RUN = Path(__file__).parents[2] / "examples/r1_tiny/r1_zero.toml"
 """Its [rollout] is what is changed below."""
@@ -32,6 +33,8 @@ def run(folder: Path, tiny: bool, port: int) -> RLConfig:
     """A run of the slice that is served."""
     model = write(folder / "served", tiny, experts=SERVED_EXPERTS)
     values = {"model.path": model, "rollout.port": port, "model.dtype": "bfloat16"}
+    if torch.cuda.is_available():
+        values["rollout.transport"] = "ipc"  # lets the engine take handles; files in shared memory it takes anyway
     if tiny:
         values |= {"rollout.max_num_seqs": 16, "rollout.kv_cache_gib": 0.1}
     else:
@@ -50,38 +53,38 @@ def served(config: RLConfig, folder: Path) -> Iterator[tuple[BuiltModel, Fleet]]
         yield model, fleet
 
 
-def comparisons(tiny: bool, peaks: Peaks, port: int, rounds: int) -> list[Comparison]:
-    """Measured: a push of all weights, and a rollout."""
-    with tempfile.TemporaryDirectory(prefix="megatron-r1-bench-") as name:
+def comparisons(tiny: bool, peaks: Peaks, port: int, rounds: int) -> Iterator[Comparison]:
+    """A push of all weights by each transport, and a rollout, each when it is measured."""
+    with tempfile.TemporaryDirectory(prefix="megatron-r1-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         config = run(folder, tiny, port)
-        with served(config, folder) as (model, fleet):
-            engine = config.model_copy(update={"model": config.model.model_copy(update={"path": folder / "hf"})})
-            bare = BareEngine(engine, folder / "bare.log")
-            try:
-                bare.wait_until_ready()
-                found = [push(model, fleet, folder, peaks), rollout(config, fleet, bare, tiny)]
-                measure(found, rounds)
-            finally:
-                bare.close()
-    return found
+        model, fleet = stack.enter_context(served(config, folder))
+        engine = config.model_copy(update={"model": config.model.model_copy(update={"path": folder / "hf"})})
+        bare = stack.enter_context(closing(BareEngine(engine, folder / "bare.log")))
+        bare.wait_until_ready()
+        found = [push(model, fleet, SharedMemorySync(fleet, folder / "sync"), "one copy to the host", peaks.to_host)]
+        if torch.cuda.is_available():
+            from megatron_r1.weight_sync.direct import DirectSync  # imports vLLM, which a CPU's part does not need
+
+            direct = DirectSync(fleet, "ipc", config.rollout)
+            # What is copied counts once, in `peaks` it counts as read and as written.
+            found.append(push(model, fleet, direct, "one copy on the device", peaks.copy / 2))
+        for comparison in (*found, rollout(config, fleet, bare, tiny)):
+            measure([comparison], rounds)
+            yield comparison
 
 
-def push(model: BuiltModel, fleet: Fleet, folder: Path, peaks: Peaks) -> Comparison:
-    """GB/s from the trainer's tensors until the engine answers with them."""
-    sync, size = SharedMemorySync(fleet, folder / "sync"), tensors(model).nbytes
+def push(model: BuiltModel, fleet: Fleet, sync: WeightSync, limit_name: str, limit: float) -> Comparison:
+    """GB/s from the trainer's tensors until the engine answers with them, against what the way allows."""
+    export = model.export(torch.bfloat16)
+    specs = export.specs()
+    size = sum(spec.nbytes for spec in specs.values())
 
     def ours() -> float:
-        return size / 1e9 / sync.push(tensors(model), fleet.version + 1)
+        return size / 1e9 / sync.push(NamedTensors(iter(export), specs), fleet.version + 1)
 
-    name = f"weights into an engine, {size / 1e9:.2g} GB, shared memory"
-    return Comparison(name, "GB/s", "one copy to the host", ours, lambda: peaks.to_host)
-
-
-def tensors(model: BuiltModel) -> NamedTensors:
-    """What is pushed."""
-    export = model.export(torch.bfloat16)
-    return NamedTensors(export, export.specs())
+    name = f"weights into an engine, {size / 1e9:.2g} GB, {sync.transport.replace('_', ' ')}"
+    return Comparison(name, "GB/s", limit_name, ours, lambda: limit)
 
 
 def rollout(config: RLConfig, fleet: Fleet, bare: BareEngine, tiny: bool) -> Comparison:

@@ -1,8 +1,9 @@
 """Who trains in `h100.py`: ours, Megatron-core's own pieces, transformers. One stands in memory at a time."""
 
+import copy
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_r1.config.sections import OptimSection
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model.build import BuiltModel, build_model
-from megatron_r1.model.flops import whole_config
 from megatron_r1.model.parallel import device
+from megatron_r1.model.trainable import Trainable
 from megatron_r1.optim.optimizer import make_trainable
 from megatron_r1.train.batch import from_rows
 from megatron_r1.train.policy import Policy
@@ -31,6 +32,9 @@ FP8 = {"recipe": "blockwise"}
 
 class Learner(Protocol):
     """Holds a model and a batch."""
+
+    trainable: Trainable | None
+    """Of one that Megatron trains."""
 
     def step(self) -> None:
         """One update."""
@@ -45,6 +49,7 @@ class Ours:
     def __init__(self, folder: Path, batch: list[Row], **changes: Any) -> None:
         length = batch[0][0].size(1)
         self.policy = Policy(build_model(section(folder, **changes), length), OPTIM, UPDATES)
+        self.trainable: Trainable | None = self.policy.trainable
         self.batch = [from_rows(tokens, labels, len(batch) * length) for tokens, labels in batch]
 
     def step(self) -> None:
@@ -63,8 +68,9 @@ class Megatron:
     def __init__(self, folder: Path, batch: list[Row], **changes: Any) -> None:
         built = build_model(section(folder, **changes), batch[0][0].size(1))
         if built.kernels.fused:
-            built = dataclasses.replace(built, chunks=[published(built, folder, batch[0][0].size(1), **changes)])
-        self.loop, self.batch = BareMegatron(built, make_trainable(built, OPTIM, UPDATES)), batch
+            built = dataclasses.replace(built, chunks=[published(built, batch[0][0].size(1))])
+        self.trainable: Trainable | None = make_trainable(built, OPTIM, UPDATES)
+        self.loop, self.batch = BareMegatron(built, self.trainable), batch
 
     def step(self) -> None:
         self.loop.step(self.batch)
@@ -73,13 +79,13 @@ class Megatron:
         raise SystemExit("log-probabilities are compared with transformers")
 
 
-def published(built: BuiltModel, folder: Path, length: int, **changes: Any) -> torch.nn.Module:
-    """The same model of the spec that Megatron-core publishes."""
+def published(built: BuiltModel, length: int) -> torch.nn.Module:
+    """The same model, with the same kernels and numbers, of the spec that Megatron-core publishes."""
     # Here, because on CPU megatron_r1.model must have prepared Megatron before anything imports it.
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    config = whole_config(built.hf, section(folder, **changes))
+    config = copy.copy(built.config)  # its own: training writes into it
     model: torch.nn.Module = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=True),
@@ -95,7 +101,9 @@ class Transformers:
 
     def __init__(self, folder: Path, batch: list[Row]) -> None:
         config = AutoConfig.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device())
+        with device():  # a processor would take minutes to draw billions of numbers
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.trainable: Trainable | None = None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=OPTIM.lr, fused=True)
         self.batch = batch
 
@@ -141,6 +149,9 @@ class Stage:
 
     def clear(self) -> None:
         """Let go of who is there."""
+        if self._learner and self._learner.trainable:
+            for tensor in memory(self._learner.trainable):
+                tensor.untyped_storage().resize_(0)
         self._learner = self._name = None
         gc.collect()
         if torch.cuda.is_available():
@@ -151,6 +162,22 @@ class Stage:
             self.clear()
             self._learner, self._name = make(), name
         return self._learner
+
+
+def memory(trainable: Trainable) -> Iterator[torch.Tensor]:
+    """All that lasts from step to step.
+
+    It is given back tensor by tensor, since objects may stay: Megatron's dispatchers keep the last routing with its
+    graph, that ends in C++ at hooks of the parameters, and Python's collector does not see such a cycle.
+    """
+    for chunk in trainable.chunks:
+        yield from chunk.parameters()
+    for ddp in trainable.ddp:
+        for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+            yield from filter(torch.is_tensor, (buffer.param_data, buffer.grad_data))
+    for part in trainable.optimizer.chained_optimizers:
+        for main, values in part.optimizer.state.items():
+            yield from filter(torch.is_tensor, (main, *values.values()))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -22,16 +22,19 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import psutil
 import torch
 from paired import Comparison, measure, parser, report
 
+from megatron_r1.config.environment import inherited
 from megatron_r1.config.load import load
 from megatron_r1.config.runs import RLConfig
 from megatron_r1.config.schedule import value_at_step
@@ -43,6 +46,7 @@ from megatron_r1.rollout.server import CPU_STEP_TOKENS, variables
 from megatron_r1.seeds import stream_seed
 
 SEED = 1
+CLOSE_SECONDS = 30.0
 
 
 class BareEngine:
@@ -50,13 +54,14 @@ class BareEngine:
 
     def __init__(self, config: RLConfig, log: Path) -> None:
         on_cpu = not torch.cuda.is_available()
-        # Read when the process imports torch and vLLM, so before its first line.
-        os.environ.update(variables(config.rollout, config.model.path, on_cpu))
         context = multiprocessing.get_context("spawn")
         self._log = log
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, engine_arguments(config, on_cpu), log), daemon=True)
-        self._process.start()
+        # No daemon, which may have no children: on a GPU vLLM's core is one.
+        self._process = context.Process(target=serve, args=(theirs, engine_arguments(config, on_cpu), log))
+        # Read when the process imports torch and vLLM, so before its first line.
+        with patch.dict(os.environ, inherited() | variables(config.rollout, config.model.path, on_cpu), clear=True):
+            self._process.start()
         theirs.close()
 
     def wait_until_ready(self) -> None:
@@ -88,10 +93,13 @@ class BareEngine:
             raise EngineError("\n".join(["the bare engine died; the end of its log:", *end])) from error
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and those that it has started."""
+        processes = self.processes if self._process.is_alive() else []
         self._connection.close()
-        self._process.join(10)
-        self._process.kill()
+        self._process.join(CLOSE_SECONDS)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @dataclass
@@ -212,8 +220,10 @@ def main() -> None:
     ]
     repeated = [prompt for prompt in prompts for _ in range(n)]
 
-    with tempfile.TemporaryDirectory(prefix="megatron-r1-bench-") as folder:
-        bare = BareEngine(config, Path(folder) / "bare.log")
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron-r1-bench-") as folder,
+        closing(BareEngine(config, Path(folder) / "bare.log")) as bare,
+    ):
         fleet = Fleet(config.rollout, config.model.path, Path(folder), config.model.dtype, tokenizer.decode)
 
         def ours(dispatch: Literal["batch", "continuous"]) -> tuple[int, float]:
@@ -236,10 +246,7 @@ def main() -> None:
         ]
         with fleet:
             bare.wait_until_ready()
-            try:
-                measure(comparisons, chosen.rounds)
-            finally:
-                bare.close()
+            measure(comparisons, chosen.rounds)
     settings = {
         "engines": config.rollout.engines,
         "samples": f"{len(prompts)} prompts x {n}",

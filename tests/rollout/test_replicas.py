@@ -28,6 +28,8 @@ PROMPTS = [[1, number + 3, 2 * number + 5] for number in range(8)]
 REPLICAS = ["--data-parallel-size=2", "--distributed-executor-backend=uni"]
 """Without further processes for their workers, of which each has one."""
 
+pytestmark = pytest.mark.timeout(900)  # starts a server of several processes
+
 
 class Served:
     """An engine of two replicas, and two models that it can have."""

@@ -161,11 +161,6 @@ def test_fine_tuning_in_two_processes(base: Path, tmp_path: Path) -> None:
     assert_trained_alike(base, tmp_path)
 
 
-def written(output: Path) -> set[str]:
-    """What a run has left in its folder."""
-    return {path.name for path in output.iterdir()}
-
-
 @pytest.mark.parametrize("below", ["", "release"])
 def test_reinforcement_learning_refuses_what_its_engines_cannot_load(
     deepseek: tuple[Path, Path], tmp_path: Path, below: str
@@ -173,7 +168,7 @@ def test_reinforcement_learning_refuses_what_its_engines_cannot_load(
     folder = deepseek[1] / below
     with pytest.raises(ConfigError, match=rf"{folder} is a Megatron checkpoint.* `megatron-r1 export`"):
         rl.run(rank_program.config(folder, tmp_path / "run"))
-    assert written(tmp_path / "run") == {"heartbeats"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_reinforcement_learning_refuses_quantised_weights(deepseek: tuple[Path, Path], tmp_path: Path) -> None:
@@ -182,7 +177,7 @@ def test_reinforcement_learning_refuses_quantised_weights(deepseek: tuple[Path, 
         rl.run(rank_program.config(folder, tmp_path / "run"))
     with pytest.raises(DataError, match="holds no tokenizer"):  # this one gets further
         rl.run(rank_program.config(deepseek[0], tmp_path / "run"))
-    assert written(tmp_path / "run") == {"heartbeats"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_critic_begins_from_a_megatron_folder(deepseek: tuple[Path, Path], tmp_path: Path) -> None:

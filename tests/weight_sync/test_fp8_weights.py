@@ -113,7 +113,8 @@ def test_what_comes_is_what_was_said(trained: Trained, served: Path, tmp_path: P
     sent = Fp8Weights(served, trained.base)(trained.tensors())
     said = [(name, spec.dtype, spec.shape) for name, spec in sent.specs.items()]
     assert said == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent]
-    plan = preflight(DiskSync(ReadingEngine(), tmp_path), Fp8Weights(served, trained.base)(trained.tensors()))
+    sync, stored = DiskSync(ReadingEngine(), tmp_path), Fp8Weights(served, trained.base)
+    plan = preflight(lambda few: sync.push(few, -1), trained.model.export(torch.bfloat16), "disk", stored)
     assert plan.bytes == sum(tensor.nbytes for tensor in tensors(served).values())
     assert plan.bytes < 0.6 * trained.tensors().nbytes
 
@@ -123,7 +124,7 @@ def test_a_run_sends_what_its_engines_hold(trained: Trained, served: Path, expec
     run = config(rollout=rollout, model={"path": trained.base, "dtype": "bfloat16"})
     assert run.rollout.served(trained.base) == served
     collector = Pushing(run)
-    collector._fp8 = Fp8Weights(served, trained.base)
+    collector._stored = Fp8Weights(served, trained.base)
     collector.push(trained.model.export(torch.bfloat16), version=3)
     version, names = collector.sync.pushed[-1]
     assert (version, sorted(names)) == (3, sorted(expected))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from megatron_r1.config.convert import CastConfig
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.convert.verbs import run_cast
 from megatron_r1.model.build import build_model
+from megatron_r1.model.mapping import Export
 from megatron_r1.model.parallel import initialize
-from megatron_r1.rollout import sender
+from megatron_r1.rollout import ipc_sender, sender
+from megatron_r1.rollout.engine import PREFLIGHT
 from megatron_r1.rollout.fleet import Fleet
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.direct import DirectSync
@@ -53,8 +56,11 @@ class Served:
 
     def tensors(self, name: str) -> NamedTensors:
         """A policy's, from Megatron."""
-        export = build_model(ModelSection(path=self.folder / name, dtype="bfloat16"), 128).export(torch.bfloat16)
+        export = self.export(name)
         return self.convert(NamedTensors(iter(export), export.specs()))
+
+    def export(self, name: str) -> Export:
+        return build_model(ModelSection(path=self.folder / name, dtype="bfloat16"), 128).export(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     with pytest.MonkeyPatch.context() as patch:
         on_cpu.install(patch.setattr)
-        patch.setattr(sender, "torch", on_cpu.Torch())
+        for module in (sender, ipc_sender):
+            patch.setattr(module, "torch", on_cpu.Torch())
         with Fleet(section, folder / "old-fp8", folder, "bfloat16", decode) as fleet:
             served = Served(fleet, folder, [], Fp8Weights(folder / "old-fp8", folder / "old"))
             served.old = served.said()
@@ -86,7 +93,8 @@ def test_every_transport(
 ) -> None:
     """The engine says what the numbers that it was sent say; with the old ones, bit for bit what it said at first."""
     sync = TRANSPORTS[transport](served.fleet, tmp_path)
-    plan = preflight(sync, served.tensors("new"))
+    push = partial(sync.push, version=PREFLIGHT)
+    plan = preflight(push, served.export("new"), transport, served.convert)
     assert plan.bytes == sum(tensor.nbytes for tensor in stored(served.folder / "new-fp8").values())
     sync.push(served.tensors("new"), served.fleet.version + 1)
     new = served.said()

@@ -204,7 +204,7 @@ class RolloutSection(Section):
     """Longest prompt + response, tokens."""
     max_tokens: Stepwise
     """Longest response, tokens. In `rl` a list changes it: `[{ value = 32768, until_step = 512 }, { value = 65536 }]`,
-    where a response may be as long as the step of the weights that begin it says."""
+    where a response may be as long as the step of the (oldest) weights that may begin it says."""
     temperature: PositiveFloat = 1.0
     max_num_seqs: PositiveInt = 256
     """Sequences that one engine decodes at once; with `--data-parallel-size`, each of its replicas."""

@@ -49,7 +49,7 @@ def weights_file(size: float, engine_gpus: int, shared: bool, hardware: Hardware
     """
     copied = size / hardware.host_link
     if shared:
-        return Transfer(size, 3 * copied, "to the host, into shared memory and to the engines", (1 + _FILES) * size)
+        return Transfer(size, 2 * copied, "into shared memory, from there to the engines", _FILES * size)
     nodes = max(1.0, engine_gpus / hardware.gpus_per_node)
     seconds = copied + size / hardware.storage * (1 + 1 / nodes)
     return Transfer(size, seconds, f"to storage by the first node, from there by an engine's {nodes:g}", size)

@@ -189,7 +189,7 @@ class Engines:
         """
         self.weights = Weights(version, path)
         self.look_again()
-        ready = [member for member in self.members if member.ready]
+        ready, outcomes = [member for member in self.members if member.ready], list[BaseException | None]()
         for member in ready:
             if self.watcher:
                 self.watcher.held(member)
@@ -199,10 +199,10 @@ class Engines:
                     self._spawn(self._load_when_done(member))
         else:
             outcomes = await asyncio.gather(*(self._load(member) for member in ready), return_exceptions=True)
-            for refused in filter(None, outcomes):  # when all have ended: the next push may follow at once
-                raise refused
         while self._loading:  # perhaps from the file that will be written next
             await asyncio.sleep(DRAIN_SECONDS)
+        for refused in filter(None, outcomes):  # when all have ended: the next push may follow at once
+            raise refused
 
     def look_again(self) -> None:
         """For engines at addresses that were given up."""

@@ -223,7 +223,7 @@ class Fleet:
         return self._engines
 
     def _longest(self, version: int) -> int:
-        """Of responses that weights of a version begin, which are those of the step of that number."""
+        """Of responses that weights of a version may begin, which are those of the step of that number."""
         return value_at_step(self.section.max_tokens, version)
 
     def _room(self, index: int, prompt: list[int], longest: int) -> int:

@@ -123,8 +123,11 @@ class Member:
         Raises:
             EngineError: it refuses them; `EngineLostError`: it is lost.
         """
-        named = not late or (self.remote and weights.path and weights.path.exists())
-        if path := weights.path if named else weights.kept:
+        path = weights.path
+        # A name that is the number of an open file may be another file's by now.
+        if late and not (self.remote and path and path.exists() and not path.is_relative_to("/proc")):
+            path = weights.kept
+        if path:
             self.client.update_weights(path, weights.version)
         else:
             self.client.set_weight_version(weights.version)

@@ -59,6 +59,8 @@ class _Training:
         self._checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, {"seed": config.seed})
         critic = self._learner.critic
         self._compared = False
+        self._begun = False
+        """Questions of a step have been taken that is not done: what is here is of no whole number of steps."""
         self._start = self._done = self._saved = self._checkpoints.latest(*[critic.checkpoints] if critic else []) or 0
         carried = _resume(self._learner, self._checkpoints, self._start) if self._start else {}
         title, first = config.report.title or "Reinforcement learning", is_first_rank()
@@ -100,7 +102,8 @@ class _Training:
                     self._save()
             final = {f"{name}_final": value for name, value in self._evaluate(collector).items()}
         except (InterruptionError, EngineError):
-            self._save_the_rest()
+            if not self._begun:
+                self._save_the_rest()
             raise
         with report.phase("export"):
             learner.save_models()
@@ -110,6 +113,7 @@ class _Training:
         learner, critic, report = self._learner, self._learner.critic, self._report
         with report.step(step):
             rollout = learner.rollouts.sample(collector, step)  # {o_i} ~ pi_old(.|q), r_i
+            self._begun = True
             report.add(rollout_figures(rollout.sampled) | rollout.figures)
             report.add(throughput(rollout.sampled, rollout.seconds))
             collector.rest()
@@ -133,7 +137,7 @@ class _Training:
             counters = {name: self._earlier.get(name, 0.0) + count for name, count in collector.counters.items()}
             report.set(counters)
             self._carried = _with_mean_difference(self._carried, figures, step) | learner.rollouts.state() | counters
-        self._done = step + 1
+        self._done, self._begun = step + 1, False
         report.samples(step, rollout.groups[:1], "train", learner.tokenizer.pieces)
         if lost:
             raise lost

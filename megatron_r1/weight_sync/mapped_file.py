@@ -63,16 +63,18 @@ class MappedFile:
             version: of the weights.
 
         Raises:
-            DataError: a tensor is not as `specs` says.
+            DataError: a tensor is not as `specs` says, or is not given.
         """
         sums = {}
         for name, tensor in tensors:
-            spec = self.specs[name]
-            if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            spec = self.specs.get(name)
+            if spec is None or (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
                 raise DataError(f"{name} is {tensor.dtype} {list(tensor.shape)}, but {spec} was announced")
             place = self._place(name, spec)
             place.copy_(tensor.detach())
             sums[name] = checksum(place)
+        if missing := [name for name in self.specs if name not in sums]:
+            raise DataError(f"{len(missing)} of the weights were announced and are not there, for example {missing[0]}")
         header, _, _ = self._layout(sums, version)
         text = header[8:].ljust(self._header_bytes - 8)
         self._memory[: self._header_bytes] = len(text).to_bytes(8, "little") + text

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from megatron_r1.errors import DataError, EngineError
+from megatron_r1.errors import EngineError
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.weight_sync.mapped_file import MappedFile
 from megatron_r1.weight_sync.named_tensors import NamedTensors
@@ -43,7 +43,7 @@ class SharedMemorySync:
                 self._open(tensors)
             self._files.rotate()
             self._files[0].write(tensors, version)
-        except (DataError, OSError) as error:
+        except OSError as error:
             self.close()
             raise EngineError(f"cannot write the weights for the engines: {error}") from error
         self.engine.update_weights(self._files[0].path, version)

@@ -179,6 +179,21 @@ def test_without_engines_the_steps_before_are_saved(
     assert [row["step"] for row in map(json.loads, lines) if row["kind"] == "step"] == [0, 1, 2]
 
 
+def test_a_step_that_has_begun_is_not_saved(
+    answering: type[Answering], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its questions are taken: with the weights before it they are no state that a run could go on from."""
+
+    def refused(self: rl._Training, figures: object) -> None:
+        if self._done == 2:
+            raise EngineError("the engine does not match")
+
+    monkeypatch.setattr(rl._Training, "_compare", refused)
+    with pytest.raises(EngineError, match="does not match"):
+        run(base, tmp_path, steps=3, checkpoint={"every": 1000})
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_an_update_that_is_not_finite_stops_the_run(answering: type[Answering], base: Path, tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match=r"step [01]: .*so the update was refused; the batch is in"):
         run(base, tmp_path, optim={"lr": 1e30})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_r1.errors import EngineError
+from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.checksum import BLOCK, BLOCKS, checksum
 from megatron_r1.rollout.receiver import read, version_of
 from megatron_r1.types import Sample
@@ -71,6 +71,20 @@ def test_engine_reads_every_tensor_of_every_push(tmp_path: Path) -> None:
     assert not list((tmp_path / "fallback").iterdir())
     sync.close()
     assert not paths[0].exists()
+
+
+def test_what_is_announced_and_not_given_is_missed(tmp_path: Path) -> None:
+    """Else an engine would take what stood there two pushes ago."""
+    engine, whole = ReadingEngine(), weights()
+    sync = SharedMemorySync(engine, tmp_path, tmp_path)
+    for version in range(2):
+        sync.push(NamedTensors.of(whole), version)
+    given = {name: tensor for name, tensor in whole.items() if name != "c.weight"}
+    with pytest.raises(DataError, match=r"1 of the weights .* c\.weight"):
+        sync.push(NamedTensors(given.items(), NamedTensors.of(whole).specs), 2)
+    with pytest.raises(DataError, match=r"c\.weight is torch\.float32"):
+        sync.push(NamedTensors(whole.items(), NamedTensors.of(given).specs), 3)
+    assert [version for _, version, _ in engine.updates] == [0, 1]
 
 
 def test_a_smaller_model_after_a_larger_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_r1.launch import _Relay
+from tests.processes import outlive
 
 ROOT = Path(__file__).parents[1]
 # Python imports this module at its start. It stands in for the verb's own code; everything around it is real.
@@ -84,7 +85,7 @@ def waiting(where: Path) -> Iterator[Started]:
     started = Started(where, "wait")
     ranks = started.ranks()
     yield started
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+    alive = outlive(ranks, 10)
     started.process.kill()
     for process in alive:
         process.kill()
@@ -107,7 +108,7 @@ def test_a_process_that_dies_ends_the_others(where: Path) -> None:
     started = Started(where, "crash")
     ranks = started.ranks()
     assert started.end()[0] == 7
-    assert not psutil.wait_procs(ranks, timeout=10)[1]
+    assert not outlive(ranks, 10)
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

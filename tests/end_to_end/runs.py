@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import tomli_w
 
-from tests.processes import command_line
+from tests.processes import command_line, outlive
 
 SAVED = 75
 """Exit code of a run that has saved because it was asked to end (EX_TEMPFAIL of sysexits.h)."""
@@ -181,8 +181,7 @@ class Command:
             self.look()
             self.process.kill()
             self.process.wait()
-        _, alive = psutil.wait_procs(list(self.family), timeout=20)
-        left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        left = outlive(self.family, 20)
         names = [" ".join(command_line(process)) for process in left]
         for process in left:
             process.kill()

@@ -14,6 +14,8 @@ import psutil
 import pytest
 import tomli_w
 
+from tests.processes import outlive
+
 ROOT = Path(__file__).parents[2]
 SHARED = "one two three four five six seven eight nine ten"
 
@@ -116,8 +118,7 @@ def kill() -> Iterator[Callable[["subprocess.Popen[bytes]"], list[psutil.Process
         return seen
 
     yield killed
-    _, alive = psutil.wait_procs(seen, timeout=40)
-    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    left = outlive(seen, 40)
     for process in left:
         process.kill()
     assert not left

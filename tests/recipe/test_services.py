@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import outlive
 from tests.recipe.conftest import Recipe, until
 
 SERVER = """
@@ -126,5 +127,5 @@ def test_none_outlives_a_killed_run(
     family = kill(process)  # the fixture fails if one of them stays
     [start] = starts(waiting)
     assert start["pid"] in {member.pid for member in family}
-    psutil.wait_procs(family, timeout=40)
+    outlive(family, 40)
     assert gone(waiting)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import outlive
 from tests.rollout.tiny_model import free_port
 
 TREE = """
@@ -46,8 +47,7 @@ def descendants(run: subprocess.Popen[bytes], count: int, seconds: float) -> lis
 
 
 def assert_gone(processes: list[psutil.Process], seconds: float) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not outlive(processes, seconds)
 
 
 @pytest.mark.parametrize("disposition", ["SIG_DFL", "SIG_IGN"])

@@ -17,6 +17,7 @@ from megatron_r1.errors import EngineError
 from megatron_r1.reward.sandbox.box import Stopped
 from megatron_r1.reward.sandbox.local import open_pool
 from megatron_r1.reward.sandbox.pool import Pool
+from tests.processes import outlive
 from tests.reward.sandbox.conftest import settle
 
 LIMITS = Limits(wall_seconds=30)
@@ -30,8 +31,7 @@ def kind(request: pytest.FixtureRequest, pool: Pool) -> str:
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not outlive(processes, 20)
 
 
 def test_close_leaves_no_process_and_frees_who_waits(kind: str) -> None:

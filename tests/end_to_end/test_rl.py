@@ -224,7 +224,6 @@ def ppo(prepared: Path, output: Path, port: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.timeout(900)
 def test_ppo_goes_on_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
     """Killed in the warm-up, before the policy's optimizer has seen a gradient, and after it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

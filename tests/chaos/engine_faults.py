@@ -153,7 +153,7 @@ class Run:
 
 def run_file(prepared: Path, folder: Path, faults: int, dispatch: str) -> dict[str, Any]:
     """Enough steps, an engine that may be lost as often as it likes; with "continuous" also ahead of the learner."""
-    tree = runs.rl(prepared, folder / "unused", runs.free_port(9000 + 10 * (os.getpid() % 100)))
+    tree = runs.rl(prepared, folder / "unused", runs.free_port())
     tree["rollout"] |= {
         "dispatch": dispatch,
         "start_timeout": PATIENCE,

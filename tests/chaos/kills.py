@@ -188,7 +188,7 @@ def _descendants() -> list[psutil.Process]:
 def trees(prepared: Path) -> dict[str, dict[str, Any]]:
     """Verb -> its run file. Checkpoints are many, and in pretraining written while training goes on."""
     pretraining = runs.pretrain(prepared, prepared / "unused")
-    port = runs.free_port(9000 + 10 * (os.getpid() % 100))  # not that of another test that is about to start
+    port = runs.free_port()
     learning = runs.rl(prepared, prepared / "unused", port)
     learning["rollout"] |= {"start_timeout": PATIENCE}
     return {

@@ -30,7 +30,7 @@ def in_flight(output: Path, done: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("change", ["partial_rollouts", "at_group_borders"])
 def test_killed_and_resumed_every_question_is_trained_on_once(prepared: Path, tmp_path: Path, change: str) -> None:
-    output, port = tmp_path / "run", runs.free_port(9700)
+    output, port = tmp_path / "run", runs.free_port()
     run_file = runs.write(tmp_path / "rl.toml", ahead(prepared, output, port))
     option = f"--rollout.weights_change={change}"
     with Command("rl", run_file, option) as command:
@@ -63,7 +63,7 @@ def test_killed_and_resumed_every_question_is_trained_on_once(prepared: Path, tm
 
 def test_two_processes_and_groups_without_advantage(prepared: Path, tmp_path: Path) -> None:
     """Each rank rebuilds the questions of the groups that the first one has."""
-    output, port = tmp_path / "run", runs.free_port(9700)
+    output, port = tmp_path / "run", runs.free_port()
     tree = ahead(prepared, output, port)
     tree |= {"dynamic_sampling": {"max_rounds": 2}, "correction": {"kind": "sequence", "cap": 3.0}, "steps": 2}
     tree["rewards"].pop("digits")

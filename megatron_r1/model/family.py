@@ -56,6 +56,8 @@ class Rule:
 
     def cut(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The Hugging Face tensors of a Megatron tensor: the inverse of `join`. Views where `groups` is 1."""
+        if len(self.hf) == 1:
+            return [tensor]
         shares = self.shares or (1,) * len(self.hf)
         blocks = tensor.unflatten(0, (self.groups, sum(shares), -1))
         return [part.flatten(0, 2) for part in blocks.split(shares, dim=1)]

@@ -1,20 +1,19 @@
 """Weights between Megatron modules and Hugging Face names, both ways, by one family's rules."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from megatron_r1.errors import DataError
 from megatron_r1.model.collect import Sender, collected, senders
 from megatron_r1.model.family import Rule
 from megatron_r1.model.hf_folder import Weights
-from megatron_r1.model.lora import Adapter, adapters, without_adapters
+from megatron_r1.model.own_shares import OwnShares
 from megatron_r1.model.parallel import is_first_rank
 from megatron_r1.model.placement import Share, shares
 from megatron_r1.model.safetensors_file import Spec
@@ -34,6 +33,8 @@ class WeightMap:
         self.rules = list(rules)
         self.passthrough: dict[str, torch.Tensor] = {}
         self._senders: dict[str, list[Sender]] | None = None
+        self._own: OwnShares | None = None
+        self._specs: dict[tuple[torch.dtype, frozenset[str] | None], dict[str, Spec]] = {}
 
     @torch.no_grad()
     def load(self, chunks: Sequence[GPTModel], reader: Weights) -> None:
@@ -65,35 +66,46 @@ class WeightMap:
             raise DataError(f"no rule knows {len(unknown)} tensors of the checkpoint, for example {unknown[0]}")
 
     def export(
-        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: Collection[str] | None = None
+        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: frozenset[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and whole values on the first rank, nothing on the others, which have to iterate, too.
 
         Views of the model's own memory where the rank holds all of a tensor, and dtype and order already fit. Adapters
         are merged into the weights that they belong to. `only`: Megatron's names of those that are wanted.
         """
-        ours = _Own(chunks)
-        left = dict(self._sent_by(ours.shares))
+        ours, sent_by = self._owned(chunks), self._sent_by(chunks)
         for rule in self.rules:
-            holders = left.pop(rule.megatron, None)
-            if holders is None or (only is not None and rule.megatron not in only):
-                continue
-            kept = None if rule.float32 else dtype
-            if (tensor := collected(holders, partial(ours.value, rule.megatron), kept)) is None:
-                continue
-            yield from zip(rule.hf, rule.cut(tensor), strict=True)
-            yield from ((name, tensor) for name in rule.copies)
-        if left:
-            raise DataError(f"no rule exports {len(left)} tensors of the model, for example {next(iter(left))}")
+            if rule.megatron in sent_by and (only is None or rule.megatron in only):
+                yield from ours.views.get((rule.megatron, dtype)) or self._pairs(rule, sent_by, ours, dtype)
         if only is None:
             yield from self.passthrough.items()
 
+    @staticmethod
+    def _pairs(
+        rule: Rule, sent_by: Mapping[str, list[Sender]], ours: OwnShares, dtype: torch.dtype
+    ) -> list[tuple[str, torch.Tensor]]:
+        name, kept = rule.megatron, None if rule.float32 else dtype
+        tensor = collected(sent_by[name], partial(ours.value, name), kept)
+        if tensor is None:
+            return []
+        pairs = list(zip(rule.hf, rule.cut(tensor), strict=True)) + [(copy, tensor) for copy in rule.copies]
+        ours.keep_views(name, dtype, pairs)
+        return pairs
+
     def specs(
-        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: Collection[str] | None = None
+        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: frozenset[str] | None = None
     ) -> dict[str, Spec]:
         """What `export` yields on the first rank, in its order, without values. All ranks call it together."""
+        if (found := self._specs.get((dtype, only))) is None:
+            found = self._specs[dtype, only] = self._specs_of(self._sent_by(chunks), dtype, only)
+        if only is not None:
+            return dict(found)
+        return found | {name: Spec(kept.dtype, tuple(kept.shape)) for name, kept in self.passthrough.items()}
+
+    def _specs_of(
+        self, sent_by: Mapping[str, list[Sender]], dtype: torch.dtype, only: frozenset[str] | None
+    ) -> dict[str, Spec]:
         found: dict[str, Spec] = {}
-        sent_by = self._sent_by(_Own(chunks).shares if self._senders is None else {})
         for rule in self.rules:
             holders = sent_by.get(rule.megatron)
             if holders is None or (only is not None and rule.megatron not in only):
@@ -102,9 +114,7 @@ class WeightMap:
             parts = rule.cut(torch.empty(holders[0].shape, dtype=kept, device="meta"))
             names = (*zip(rule.hf, parts, strict=True), *((name, parts[0]) for name in rule.copies))
             found |= {name: Spec(part.dtype, tuple(part.shape)) for name, part in names}
-        if only is not None:
-            return found
-        return found | {name: Spec(kept.dtype, tuple(kept.shape)) for name, kept in self.passthrough.items()}
+        return found
 
     def of_each_stage(self, chunks: Sequence[GPTModel]) -> frozenset[str]:
         """Megatron's names of each pipeline stage's largest tensor, and of its largest of a routed expert.
@@ -112,16 +122,23 @@ class WeightMap:
         Of equal ones the last: experts are then another rank's than the rest. All ranks call it together.
         """
         largest: dict[tuple[int, bool], tuple[int, str]] = {}
-        for name, holders in self._sent_by(_Own(chunks).shares if self._senders is None else {}).items():
+        for name, holders in self._sent_by(chunks).items():
             key, found = (holders[0].stage, EXPERTS in name), (math.prod(holders[0].shape), name)
             if key not in largest or found[0] >= largest[key][0]:
                 largest[key] = found
         return frozenset(name for _, name in largest.values())
 
-    def _sent_by(self, ours: Mapping[str, Share]) -> dict[str, list[Sender]]:
+    def _sent_by(self, chunks: Sequence[GPTModel]) -> dict[str, list[Sender]]:
         if self._senders is None:
-            self._senders = senders(ours)
+            self._senders = senders(self._owned(chunks).shares)
+            if left := self._senders.keys() - {rule.megatron for rule in self.rules}:
+                raise DataError(f"no rule exports {len(left)} tensors of the model, for example {min(left)}")
         return self._senders
+
+    def _owned(self, chunks: Sequence[GPTModel]) -> OwnShares:
+        if self._own is None or not self._own.are_of(chunks):
+            self._own = OwnShares(chunks)
+        return self._own
 
 
 @dataclass(frozen=True)
@@ -174,28 +191,6 @@ def _anywhere(ours: Iterable[str]) -> set[str]:
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names, list(ours))
     return set().union(*names)
-
-
-class _Own:
-    """What this rank holds: one share of each tensor, without the adapters, which are merged into what is sent."""
-
-    def __init__(self, chunks: Sequence[GPTModel]) -> None:
-        self.shares: dict[str, Share] = {}
-        self._adapters: dict[str, Adapter] = {}
-        for chunk in chunks:  # whose local names are the same
-            added = adapters(chunk)
-            for share in shares([chunk]):
-                if self.shares.setdefault(share.name, share) is share and share.local in added:
-                    self._adapters[share.name] = added[share.local]
-        self.shares = without_adapters(self.shares)
-
-    def value(self, name: str) -> torch.Tensor:
-        """The numbers that a share stands for, made when it is their turn: all at once would be a second model."""
-        tensor, adapter = self.shares[name].tensor, self._adapters.get(name)
-        if adapter:
-            tensor = adapter.merged(tensor)
-        whole: torch.Tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
-        return whole
 
 
 def weights(model: GPTModel) -> dict[str, torch.Tensor]:

@@ -161,7 +161,9 @@ class Writer:
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> None:
         self.path, self._specs = path, dict(specs)
-        header, self._offsets, size = layout(self._specs, metadata or {})
+        layout = Layout(self._specs)
+        header = layout.header(metadata or {})
+        self._offsets = {name: len(header) + offset for name, offset in layout.offsets.items()}
         self._missing, self._lock = {name: spec.nbytes for name, spec in specs.items()}, threading.Lock()
         self._turn = threading.Lock()  # the kernel lets threads spin while another writes to the file
         try:
@@ -170,7 +172,7 @@ class Writer:
             raise self._failed(error) from error
         try:
             self._write(memoryview(header), 0)
-            self._extend(size)
+            self._extend(len(header) + layout.size)
         except BaseException:
             self.abort()
             raise
@@ -326,18 +328,36 @@ def _check_extent(path: Path, entries: list[Entry], start: int, size: int) -> No
         raise DataError(f"{path} has {size - end} bytes behind its last tensor")
 
 
-def layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The file's beginning, where each tensor stands, and the file's size in bytes."""
-    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
-    end = 0
-    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (end, end + spec.nbytes)}
-        end += spec.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    offsets = {name: start + header[name]["data_offsets"][0] for name in specs}
-    return len(text).to_bytes(8, "little") + text, offsets, start + end
+class Layout:
+    """Where tensors stand in a file, by falling size of their numbers, and the file's beginning.
+
+    Args:
+        specs: every tensor that it will hold.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        entries: dict[str, dict[str, Any]] = {}
+        self.size = 0
+        for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+            extent = (self.size, self.size + spec.nbytes)
+            entries[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": extent}
+            self.size += spec.nbytes
+        self.offsets = {name: entries[name]["data_offsets"][0] for name in specs}
+        """Of each tensor's first byte, behind the header."""
+        self._entries = _json(entries)
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """What stands before the tensors. `metadata`: text by name."""
+        text = _json({_METADATA: {"format": "pt", **metadata}})
+        if self.offsets:
+            text = f"{text[:-1]},{self._entries[1:]}"
+        encoded = text.encode()
+        encoded += b" " * (-len(encoded) % 8)
+        return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

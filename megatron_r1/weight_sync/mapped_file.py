@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from megatron_r1.errors import DataError
-from megatron_r1.model.safetensors_file import Spec, layout
-from megatron_r1.rollout.checksum import KEY, VERSION, checksum
+from megatron_r1.model.safetensors_file import Layout, Spec
+from megatron_r1.rollout.checksum import KEY, VERSION, Summed, checksum
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 
 _UNKNOWN = checksum(torch.empty(0))
@@ -38,8 +38,9 @@ class MappedFile:
 
     def __init__(self, folder: Path, specs: Mapping[str, Spec]) -> None:
         self.specs = dict(specs)
-        header, self._offsets, size = self._layout(dict.fromkeys(specs, _UNKNOWN), _LARGEST)
-        self._header_bytes = len(header)
+        self._layout = Layout(specs)
+        self._header_bytes = len(self._header(dict.fromkeys(specs, _UNKNOWN), _LARGEST))
+        size = self._header_bytes + self._layout.size
         self._descriptor, name = tempfile.mkstemp(prefix="megatron_r1-", dir=folder)
         try:
             Path(name).unlink()
@@ -49,6 +50,7 @@ class MappedFile:
         except BaseException:
             os.close(self._descriptor)
             raise
+        self._places = self._of_all()
 
     @property
     def path(self) -> Path:
@@ -68,27 +70,30 @@ class MappedFile:
         sums = {}
         for name, tensor in tensors:
             spec = self.specs.get(name)
-            if spec is None or (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            if spec is None or tensor.dtype != spec.dtype or tensor.shape != spec.shape:
                 raise DataError(f"{name} is {tensor.dtype} {list(tensor.shape)}, but {spec} was announced")
-            place = self._place(name, spec)
-            place.copy_(tensor.detach())
-            sums[name] = checksum(place)
+            place = self._places[name]
+            place.tensor.copy_(tensor.detach())
+            sums[name] = place.checksum()
         if missing := [name for name in self.specs if name not in sums]:
             raise DataError(f"{len(missing)} of the weights were announced and are not there, for example {missing[0]}")
-        header, _, _ = self._layout(sums, version)
-        text = header[8:].ljust(self._header_bytes - 8)
+        text = self._header(sums, version)[8:].ljust(self._header_bytes - 8)
         self._memory[: self._header_bytes] = len(text).to_bytes(8, "little") + text
 
     def close(self) -> None:
         """Free the memory, once all who read the file are gone."""
+        self._places.clear()  # memory that tensors stand in cannot be closed
         self._memory.close()
         os.close(self._descriptor)
 
-    def _layout(self, sums: Mapping[str, str], version: int) -> tuple[bytes, dict[str, int], int]:
-        return layout(self.specs, {KEY: json.dumps(sums), VERSION: str(version)})
+    def _header(self, sums: Mapping[str, str], version: int) -> bytes:
+        return self._layout.header({KEY: json.dumps(sums), VERSION: str(version)})
 
-    def _place(self, name: str, spec: Spec) -> torch.Tensor:
-        if not spec.nbytes:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        flat = torch.frombuffer(self._memory, dtype=torch.uint8, count=spec.nbytes, offset=self._offsets[name])
-        return flat.view(spec.dtype).view(spec.shape)
+    def _of_all(self) -> dict[str, Summed]:
+        """Where each tensor stands."""
+        whole = torch.frombuffer(self._memory, dtype=torch.uint8)[self._header_bytes :]
+        places = {}
+        for name, spec in self.specs.items():
+            start = self._layout.offsets[name]
+            places[name] = Summed(whole[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
+        return places

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_r1.errors import DataError, EngineError
-from megatron_r1.rollout.checksum import BLOCK, BLOCKS, checksum
+from megatron_r1.rollout.checksum import BLOCK, BLOCKS, Summed, checksum
 from megatron_r1.rollout.receiver import read, version_of
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.named_tensors import NamedTensors
@@ -161,6 +161,16 @@ def test_checksum_sees_content_shape_and_type() -> None:
     assert len({checksum(tensor) for tensor in [ones, *others]}) == 4
     assert checksum(torch.ones(2, 6)[1]) == checksum(ones)
     assert checksum(torch.tensor(1.0)) != checksum(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (1 << 14, 4), (1 << 14, 5), (1 << 18,)])
+def test_checksum_is_that_of_what_the_memory_holds_now(shape: tuple[int, ...]) -> None:
+    tensor = torch.zeros(shape)
+    summed = Summed(tensor)
+    assert summed.checksum() == checksum(torch.zeros(shape))
+    tensor.copy_(torch.randn(shape))
+    assert summed.checksum() == checksum(tensor.clone())
+    assert (summed.checksum() != checksum(torch.zeros(shape))) == bool(tensor.numel())
 
 
 def test_checksum_of_a_large_tensor_sees_every_lost_stretch() -> None:

@@ -22,7 +22,11 @@ from typing import Literal
 Key = int | str
 """Names a group."""
 Place = tuple[int, int, int]
-"""In the queue: the version that is needed, 0 for what was begun before and 1 for what is new, order of arrival."""
+"""Of a group in the queue, the smallest first.
+
+The oldest version that may answer it (`at_least`); 0 if an engine has left it unfinished, so that it goes before all
+that were never sent, which have 1; the number of its arrival, which it keeps when it comes back.
+"""
 WINDOW = 2048
 """Responses over which the expected length is averaged."""
 

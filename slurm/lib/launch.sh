@@ -21,7 +21,7 @@ trap 'end_engines' EXIT
 # A pause that signals end.
 pause() {
     sleep "$1" &
-    wait $!
+    wait $! || kill $! 2>/dev/null
 }
 
 # task NODES GROUP LOG EXITS COMMAND...: the command once on each node; EXITS is where its exit codes go.
@@ -55,7 +55,8 @@ start_engines() {
 
 # While the verb runs: when a node can keep no engines any more, the run saves, and the job goes on elsewhere.
 watch_engines() {
-    while sleep 5; do
+    # It reads for 5 s what nobody writes: a `sleep` would outlive this when the end of the verb kills it.
+    until read -rt 5 <> <(:); do
         if killed_for_good "$folder/exits"; then
             say "the run saves, and the job begins anew"
             kill -USR1 "$learner"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,15 @@ def test_engines_on_nodes_of_their_own(jobs: Jobs) -> None:
     addresses = next(word for word in run["arguments"] if word.startswith("--rollout.addresses="))
     assert addresses.count("http://127.0.0.1:960") == 2
     assert len(run["token"]) > 30
-    assert [process.pid for process in jobs.slurm.processes() if str(STAND_IN) in process.cmdline()] == []
+    left = [command_line(process) for process in jobs.slurm.processes() if number(process) == job.number]
+    assert [words for words in left if str(STAND_IN) in words or words[:1] == ["sleep"]] == []
+
+
+def number(process: psutil.Process) -> str:
+    """Of its job."""
+    with suppress(psutil.NoSuchProcess):
+        return process.environ().get("SLURM_JOB_ID", "")
+    return ""
 
 
 @pytest.mark.parametrize("script", ["rl", "rl_fleet"])

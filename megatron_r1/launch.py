@@ -18,6 +18,8 @@ NODES, RENDEZVOUS, ADDRESS = "MEGATRON_R1_NODES", "MEGATRON_R1_RENDEZVOUS", "MEG
 """Environment variables of a run on several nodes, each of which starts the same command: how many there are,
 `host:port` of the one where they meet, where the others reach this one."""
 POLL_SECONDS = 0.5
+REFUSED = 2
+"""Exit code of a process whose input is bad, as `cli.main` has it."""
 
 
 def nodes() -> int:
@@ -29,13 +31,17 @@ def relaunch(processes: int, arguments: list[str], output: Path | None = None) -
     """Run `megatron-r1 <arguments>` in `processes` processes on this node and wait for them.
 
     SIGTERM and SIGUSR1 are handed on to them, and their end is waited for; Ctrl-C ends them. Returns the exit code of
-    the lowest rank that failed by itself. One that was killed is named, with the step that it has noted in `output`.
+    the lowest rank that failed by itself. One that was killed is named, with the step that it has noted in `output`. A
+    run on one node that is refused at its start leaves nothing there.
     """
     import psutil
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from megatron_r1.train.heartbeat import leave_nothing, missing
+
+    made = missing(output) if output else []
     logging.disable(logging.ERROR)  # the processes themselves say what went wrong
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
@@ -60,7 +66,10 @@ def relaunch(processes: int, arguments: list[str], output: Path | None = None) -
         codes = [code if code > 0 else 128 - code for code in codes]
         # The agent ends the others by SIGTERM, then SIGKILL, which say nothing about why the run failed.
         ended = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
-        return next((code for code in codes if code not in ended), min(codes))
+        code = next((code for code in codes if code not in ended), min(codes))
+        if code == REFUSED and output and nodes() == 1:
+            leave_nothing(output, processes, made)
+        return code
     except SignalException as error:
         return 128 + error.sigval
     finally:

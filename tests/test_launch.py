@@ -27,8 +27,10 @@ def run(config):
     Path(f"rank-{rank}").write_text(str(os.getpid()))
     if os.environ["CASE"] == "refuse":
         from megatron_r1.errors import ConfigError
-        time.sleep(float(rank == "0"))
-        raise ConfigError("nobody can use this")
+        from megatron_r1.train.heartbeat import Heartbeat
+        with Heartbeat(config.output, config.guard, int(rank), 2, "rl"):
+            time.sleep(float(rank == "0"))
+            raise ConfigError("nobody can use this")
     if os.environ["CASE"] == "crash" and rank == "1":
         time.sleep(2)
         os._exit(7)
@@ -99,9 +101,10 @@ def test_the_first_rank_speaks(where: Path) -> None:
 
 
 def test_an_error_of_every_rank_is_said_once(where: Path) -> None:
-    """Though the second meets it first."""
+    """Though the second meets it first. Of the run nothing is left."""
     code, output, errors = Started(where, "refuse").end()
     assert (code, output, errors) == (2, "", "megatron-r1 rl: nobody can use this\n")
+    assert not (where / "runs").exists()
 
 
 def test_a_process_that_dies_ends_the_others(where: Path) -> None:

@@ -131,7 +131,7 @@ class Heartbeat:
         return self
 
     def _open(self) -> None:
-        self._made = list(takewhile(lambda path: not path.exists(), (self._folder, *self._folder.parents)))
+        self._made = missing(self._folder.parent)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = _path(self._folder, self._me.rank)
         path.unlink(missing_ok=True)
@@ -148,8 +148,8 @@ class Heartbeat:
         self._thread.join()
         faulthandler.unregister(signal.SIGUSR2)
         self._stacks.close()
-        if isinstance(error, UserError) and not self._now[0]:
-            self._leave_nothing()
+        if self._ranks == 1 and isinstance(error, UserError):
+            leave_nothing(self._folder.parent, 1, self._made)
         if self._ranks > 1 and isinstance(error, RuntimeError) and not isinstance(error, UserError):
             if self._said():  # it ends as the others do
                 os._exit(HUNG)
@@ -161,15 +161,6 @@ class Heartbeat:
                     f"{'; '.join(map(str, dead))}; {_GO_ON}"
                 ) from error
 
-    def _leave_nothing(self) -> None:
-        """The run was refused before its first phase. With several ranks others may only just be coming here."""
-        if self._ranks == 1:
-            _path(self._folder, 0).unlink(missing_ok=True)
-            _path(self._folder, 0).with_suffix(".stack").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there is something else in it
-                for path in self._made:
-                    path.rmdir()
-
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._closed.wait(self._interval):
@@ -177,15 +168,19 @@ class Heartbeat:
             # Counted by ticks: a job that was suspended as a whole and goes on is not late.
             self._waited += min(now - last, 2 * self._interval)
             last = now
-            if self._now != self._seen:
-                self._seen, self._waited = self._now, 0.0
-            self._write()
+            self._note()
             said = self._said()
             self._called = self._called + 1 if said == "" else 0
             if said or self._called > _INTERVALS_OF_ROLL_CALL:
                 os._exit(HUNG)
             if said is None and self._waited > self._deadline():
                 self._call_roll()
+        self._note()  # how far it has come
+
+    def _note(self) -> None:
+        if self._now != self._seen:
+            self._seen, self._waited = self._now, 0.0
+        self._write()
 
     def _deadline(self) -> float:
         phase = self._seen[2]
@@ -316,6 +311,27 @@ def read(folder: Path, ranks: int) -> dict[int, Beat]:
             beats[rank] = Beat(**entry | {"stack": tuple(entry["stack"])})
             break
     return beats
+
+
+def missing(output: Path) -> list[Path]:
+    """The folders that a run in `output` will make, innermost first."""
+    folder = output / FOLDER
+    return list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+
+
+def leave_nothing(output: Path, ranks: int, made: list[Path]) -> None:
+    """Remove the files of a run that was refused, unless a phase of it has begun. `made`: see `missing`.
+
+    Not by the ranks themselves where there are several: others may only just be coming here, or ask who is gone.
+    """
+    if any(beat.beats for beat in read(output / FOLDER, ranks).values()):
+        return
+    for path in (_path(output / FOLDER, rank) for rank in range(ranks)):
+        path.unlink(missing_ok=True)
+        path.with_suffix(".stack").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is something else in it
+        for path in made:
+            path.rmdir()
 
 
 def last_words(output: Path | None, rank: int) -> str:

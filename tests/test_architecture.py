@@ -22,7 +22,7 @@ LAYERS = (
     {"model", "rollout"},
     {"data", "reward", "advantage", "loss", "report"},
     {"config"},
-    {"types", "registry", "compat", "errors", "seeds"},
+    {"types", "registry", "compat", "errors", "seeds", "wording"},
 )
 MODULE_LAYERS = {1, len(LAYERS)}  # single modules, which may build on each other; packages of a layer may not
 LEVEL = {part: level for level, parts in enumerate(LAYERS, 1) for part in parts}

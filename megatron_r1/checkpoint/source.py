@@ -19,6 +19,7 @@ from megatron_r1.model.fp8 import BLOCK, SCALE_SUFFIX
 from megatron_r1.model.hf_folder import TensorReader, read_config
 from megatron_r1.model.safetensors_file import Spec
 from megatron_r1.model.sharding import Layout, Piece, Place, layout
+from megatron_r1.wording import counted
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file that names the checkpoint of a folder to load."""
@@ -252,7 +253,9 @@ def weights(path: Path) -> SourceWeights | None:
         return None
     source = open_source(path)
     if unknown := source.unknown():
-        raise DataError(f"{path} holds {len(unknown)} tensors that its config.json has no place for: {unknown[0]}, ...")
+        raise DataError(
+            f"{path} holds {counted(len(unknown), 'tensor')} that its config.json has no place for: {unknown[0]}, ..."
+        )
     return SourceWeights(source)
 
 

@@ -30,6 +30,7 @@ from megatron_r1.rollout.client import wait_until_healthy
 from megatron_r1.rollout.member import START_KEY
 from megatron_r1.rollout.server import SUPERVISOR_MODULE
 from megatron_r1.rollout.token_gate import TOKEN_VARIABLE
+from megatron_r1.wording import counted
 
 POLL_SECONDS = 1.0
 ENDING_SECONDS = 60.0
@@ -49,7 +50,7 @@ def serve(run: dict[str, Any], node: int, gpus_per_node: int, address: str, fold
     replaces = after_another(folder, node)
     fleet = needs(run, gpus_per_node).fleet
     if node >= len(fleet):
-        raise ConfigError(f"node {node}: the run file asks for {len(fleet)} nodes of engines")
+        raise ConfigError(f"node {node}: the run file asks for {counted(len(fleet), 'node')} of engines")
     numbers = {(engine.key, engine.index): number for number, engine in enumerate(engines(run))}
     free = iter(range(max(gpus_per_node, 0)))
     running: list[Head | Follower] = []

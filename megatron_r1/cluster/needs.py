@@ -24,6 +24,7 @@ from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
 from megatron_r1.config.sections import ParallelSection, RolloutSection
 from megatron_r1.errors import ConfigError, UserError
+from megatron_r1.wording import counted
 
 S = TypeVar("S", bound=Section)
 ELSEWHERE = "http://node:1"
@@ -104,8 +105,8 @@ def needs(run: dict[str, Any], gpus_per_node: int) -> Needs:
     nodes, processes = trainer(run["parallel"]) if "parallel" in run else (1, 1)
     if processes > gpus_per_node > 0:
         raise ConfigError(
-            f"[parallel] asks for {processes} processes on a node of {gpus_per_node} GPUs: set parallel.processes = "
-            f"{gpus_per_node}"
+            f"[parallel] asks for {processes} processes on a node of {counted(gpus_per_node, 'GPU')}: "
+            f"set parallel.processes = {gpus_per_node}"
         )
     return Needs(run.get("output", ""), "parallel" in run, nodes, processes, deal(list(engines(run)), gpus_per_node))
 

@@ -17,6 +17,7 @@ from megatron_r1.model.fp8 import BLOCK, SCALE_SUFFIX
 from megatron_r1.model.hf_folder import COMPANIONS
 from megatron_r1.model.scalar_head import causal_architecture
 from megatron_r1.registry import BUILT_IN
+from megatron_r1.wording import counted
 
 _FORMATS = {
     "huggingface": "Hugging Face folder",
@@ -115,7 +116,7 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     for problem in result["problems"][:SHOWN]:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     if more := len(result["problems"]) - SHOWN:
-        console.print(f"and {more:,} more problems; --json lists all", style="red") if more > 0 else None
+        console.print(f"and {counted(more, 'more problem')}; --json lists all", style="red") if more > 0 else None
 
 
 def _parameters(found: Contents) -> dict[str, int] | None:

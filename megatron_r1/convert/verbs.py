@@ -27,6 +27,7 @@ from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.family import HFConfig
 from megatron_r1.report.catalogue import duration
 from megatron_r1.report.summary import SUMMARY, write_summary
+from megatron_r1.wording import counted
 
 LINEAGE = "conversion.json"
 """In the output: what it was made of, and how."""
@@ -49,7 +50,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
             f"{config.source} is not a Megatron checkpoint; `cast` makes a Hugging Face folder of another, or of GGUF"
         )
     if rows := source.padding():
-        print(f"{config.source}: leaves out the last {rows} rows of its vocabulary, which are padding")
+        print(f"{config.source}: leaves out the last {counted(rows, 'row')} of its vocabulary, padding")
     return _to_hugging_face(config, source, config.dtype)
 
 
@@ -170,14 +171,14 @@ def describe(verb: str, config: ConvertConfig, figures: dict[str, Any]) -> str:
     """The text of `--dry-run`."""
     memory, largest, needed, free = (gigabytes(figures[key]) for key in ("memory", "largest_tensor", "needed", "free"))
     written = f"{figures['tensors_written']:,} tensors, {figures['bytes_written']:,} bytes"
-    parts = f"{figures['parts']:,} part{'s' if figures['parts'] > 1 else ''}"
+    parts = counted(figures["parts"], "part")
     seconds = figures["seconds"]
     time_needed = f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
     lines = [
         f"{verb} {config.source} -> {_output(config)}: {figures['architecture']}, nothing is written now",
         f"  reads    {figures['tensors_read']:,} tensors, {figures['bytes_read']:,} bytes",
         f"  writes   {written} in {parts}",
-        f"  memory   {memory} at most with {config.workers} workers; the largest tensor has {largest}",
+        f"  memory   {memory} at most with {counted(config.workers, 'worker')}; the largest tensor has {largest}",
         f"  disk     {needed} needed, {free} free" + (": not enough" if figures["needed"] > figures["free"] else ""),
         f"  time     {time_needed}, if the disk reads as fast as it writes",
     ]

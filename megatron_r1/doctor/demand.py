@@ -17,6 +17,7 @@ from megatron_r1.doctor.finding import Finding
 from megatron_r1.doctor.gpus import Gpus
 from megatron_r1.doctor.machine import GIB, PORT, Machine
 from megatron_r1.errors import ConfigError
+from megatron_r1.wording import counted
 
 PART = "run file"
 PLAN_SECONDS = 300.0
@@ -69,7 +70,7 @@ def findings(path: Path, demand: Demand, machine: Machine, gpus: Gpus) -> list[F
 def _processes(demand: Demand, here: int) -> Finding:
     """The trainer's, beside the GPUs of this machine."""
     needed = max(demand.processes, demand.total)
-    text = f"{needed} of the trainer" + (f", {here} GPUs here" if here else "")
+    text = f"{needed} of the trainer" + (f", {counted(here, 'GPU')} here" if here else "")
     if not here or needed <= here:
         return Finding(PART, "processes", "ok", text)
     nodes = math.ceil(needed / here)
@@ -96,7 +97,8 @@ def _memory(path: Path, demand: Demand, machine: Machine, gpus: Gpus) -> Finding
         what = "of a GPU"
     else:
         each = max(_peak(rank, _ON_GPU) for rank in plan["memory"])
-        need, room, what = each * demand.processes, machine.memory, f"for {demand.processes} processes, engines besides"
+        need, room = each * demand.processes, machine.memory
+        what = f"for {counted(demand.processes, 'process', 'processes')}, engines besides"
     text = f"{need:.1f} GiB {what}, {room:.1f} here"
     if need <= room:
         return Finding(PART, name, "ok", text)

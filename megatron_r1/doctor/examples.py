@@ -9,6 +9,7 @@ from typing import Any
 from megatron_r1.doctor.finding import Finding
 from megatron_r1.doctor.gpus import Gpus
 from megatron_r1.doctor.machine import Machine
+from megatron_r1.wording import counted
 
 TABLE = Path(__file__).with_name("examples.toml")
 _SLACK = 0.95
@@ -52,7 +53,7 @@ def _verdict(row: dict[str, Any], machine: Machine, gpus: Gpus, broken: list[str
         short.append(f"disk {machine.disk:.0f} of {needs['disk']:g} GiB")
     if len(gpus.all) < needs.get("gpus", 0):
         nodes = f" ({needs['gpus'] // 8} nodes of 8)" if needs["gpus"] > 8 else ""
-        short.append(f"{len(gpus.all)} of {needs['gpus']:,} GPUs{nodes}")
+        short.append(f"{len(gpus.all)} of {counted(needs['gpus'], 'GPU')}{nodes}")
     elif memory < _SLACK * needs.get("gpu_memory", 0.0):
         short.append(f"GPUs of {memory:.0f} GiB, not {needs['gpu_memory']:g}")
     taken = f"about {row['minutes']} minutes on two cores" if "minutes" in row else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 import megatron_r1
 from megatron_r1.doctor.finding import Finding
 from megatron_r1.doctor.versions import cuda_of_torch, installed
+from megatron_r1.wording import counted
 
 PART = "GPUs and network"
 SMI_SECONDS = 20.0
@@ -104,7 +105,8 @@ def _devices(gpus: Gpus) -> list[Finding]:
     for index, gpu in enumerate(gpus.all):
         if gpu.errors.isdigit() and int(gpu.errors):
             fix = f"drain the node; sudo nvidia-smi --gpu-reset -i {index}, and if they come back replace it"
-            found.append(Finding(PART, f"GPU {index}", "bad", f"{gpu.errors} uncorrected errors of its memory", fix))
+            text = f"{counted(int(gpu.errors), 'uncorrected error')} of its memory"
+            found.append(Finding(PART, f"GPU {index}", "bad", text, fix))
         if gpu.mig == "Enabled":
             fix = f"sudo nvidia-smi -i {index} -mig 0"
             found.append(Finding(PART, f"GPU {index}", "note", "is cut into MIG slices", fix, frozenset({"gpu"})))

@@ -18,6 +18,7 @@ from megatron_r1.plan.movement import Transfer, weight_sync, weights_file, withi
 from megatron_r1.plan.rollout import Decoding, Engine, Lengths, cache_tokens, engine_weights
 from megatron_r1.plan.run_file import prompt_tokens
 from megatron_r1.plan.tensors import Counts
+from megatron_r1.wording import counted
 
 GIB = 2**30
 BFLOAT16 = 2.0
@@ -159,9 +160,9 @@ def _full(shape: Shape, engine: Engine, counts: Counts, longest: int, hardware: 
     room = max(0, cache_tokens(shape, engine, counts, hardware) // engine.copies)
     return Finding(
         "does not fit",
-        f"an engine of {engine.gpus} GPUs holds {weights:.1f} GiB of weights on each, of {limit:.1f} that vLLM takes; "
-        f"its cache has room for {room:,} tokens, but one sample can have {longest:,}: give `arguments` a larger "
-        '"--tensor-parallel-size", or "--quantization=fp8_per_block"',
+        f"an engine of {counted(engine.gpus, 'GPU')} holds {weights:.1f} GiB of weights on each, of {limit:.1f} that "
+        f"vLLM takes; its cache has room for {room:,} tokens, but one sample can have {longest:,}: give `arguments` a "
+        'larger "--tensor-parallel-size", or "--quantization=fp8_per_block"',
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_r1.plan.hardware import Hardware
+from megatron_r1.wording import counted
 
 
 @dataclass(frozen=True)
@@ -66,5 +67,5 @@ def checkpoint(parameters: float, state: float, nodes: int, hardware: Hardware) 
     """
     size = parameters * state
     return Transfer(
-        size, size / (nodes * hardware.storage), f"by {nodes} nodes at {hardware.storage / 1e9:g} GB/s each"
+        size, size / (nodes * hardware.storage), f"by {counted(nodes, 'node')} at {hardware.storage / 1e9:g} GB/s each"
     )

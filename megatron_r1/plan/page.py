@@ -7,6 +7,7 @@ from megatron_r1.plan.plan import GIB, Plan
 from megatron_r1.plan.table import headline, span, times
 from megatron_r1.report.html import environment
 from megatron_r1.report.journal import replace_text
+from megatron_r1.wording import counted
 
 COLOURS = 8
 """Of the pages' style."""
@@ -20,7 +21,7 @@ def write_page(made: Plan, path: Path, of: str) -> None:
     bars = [
         {
             "label": f"stage {rank.stage}",
-            "note": f"layers {span(rank)}, {rank.ranks} ranks from {rank.rank}",
+            "note": f"layers {span(rank)}, {counted(rank.ranks, 'rank')} from {rank.rank}",
             "total": f"{max(rank.peaks.values()) / GIB:.1f} GiB",
             "over": max(rank.peaks.values()) > made.hardware.memory,
             "parts": [

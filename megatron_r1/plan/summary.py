@@ -10,6 +10,7 @@ from megatron_r1.plan.fleet import FleetPlan
 from megatron_r1.plan.plan import GIB, Plan
 from megatron_r1.plan.serving import ServedPlan
 from megatron_r1.plan.table import MARKS, WIDTH, times
+from megatron_r1.wording import counted
 
 Row = tuple[str, str, Plan | ServedPlan | None, str]
 """Name, verb, its plan, and why there is none."""
@@ -117,8 +118,9 @@ def _engines(fleet: FleetPlan) -> str:
         f"; all have begun {_span(fleet.tail_seconds)} before the end of {_span(fleet.rollout_seconds)}" if wait else ""
     )
     return (
-        f"{fleet.engines} engines of {fleet.gpus // fleet.engines} GPUs: {fleet.weights / GIB:.1f} GiB of weights on "
-        f"each, caches of {fleet.cache_tokens:,} tokens, {fleet.at_once} samples at once{rate}{tail}"
+        f"{counted(fleet.engines, 'engine')} of {counted(fleet.gpus // fleet.engines, 'GPU')}: "
+        f"{fleet.weights / GIB:.1f} GiB of weights on each, caches of {fleet.cache_tokens:,} tokens, "
+        f"{counted(fleet.at_once, 'sample')} at once{rate}{tail}"
     )
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from megatron_r1.plan.memory import RankMemory
 from megatron_r1.plan.plan import GIB, Plan
+from megatron_r1.wording import counted
 
 WIDTH = 200
 """Columns of what goes to a file."""
@@ -51,7 +52,7 @@ def headline(made: Plan) -> list[str]:
     name = made.hf["architectures"][0]
     extra = f" and {counts.mtp / 1e9:.2f} B in MTP layers" if counts.mtp else ""
     lines = [
-        f"{made.verb} of {name}, {counts.main:,} parameters{extra}, on {made.gpus:,} GPUs"
+        f"{made.verb} of {name}, {counts.main:,} parameters{extra}, on {counted(made.gpus, 'GPU')}"
         + (f" and {made.fleet_gpus:,} of the fleet" if made.fleet else "")
         + f": {made.hardware.name}",
         f"{made.flops_per_token.total / 1e9:.2f} GFLOP a token",
@@ -64,8 +65,8 @@ def headline(made: Plan) -> list[str]:
         lines.append(f"a checkpoint is {made.saved.bytes / 1e12:.2f} TB, {made.saved.seconds:.0f} s {made.saved.how}")
     if fleet := made.fleet:
         lines.append(
-            f"an engine's cache holds {fleet.cache_tokens:,} tokens, {fleet.at_once} samples at once; new weights are "
-            f"{fleet.sync.bytes / 1e12:.2f} TB, {fleet.sync.seconds:.1f} s {fleet.sync.how}"
+            f"an engine's cache holds {fleet.cache_tokens:,} tokens, {counted(fleet.at_once, 'sample')} at once; "
+            f"new weights are {fleet.sync.bytes / 1e12:.2f} TB, {fleet.sync.seconds:.1f} s {fleet.sync.how}"
         )
     return lines
 
@@ -110,8 +111,9 @@ def speed(made: Plan) -> list[str]:
     if not made.update:
         return []
     own = made.update
+    microbatches = counted(made.microbatches, "microbatch", "microbatches")
     rates = f"{own.tokens_per_gpu:,.0f} tokens and {own.flops_per_gpu / 1e12:.0f} TFLOP a second and GPU"
-    return [f"training alone: {rates}; an update is {made.microbatches} microbatches of a rank, {own.seconds:.2f} s"]
+    return [f"training alone: {rates}; an update is {microbatches} of a rank, {own.seconds:.2f} s"]
 
 
 def times(made: Plan) -> dict[str, float]:
@@ -125,7 +127,7 @@ def times(made: Plan) -> dict[str, float]:
 
 
 def _search(made: Plan) -> Table:
-    title = f"layouts of {made.gpus:,} GPUs that fit, the fastest first"
+    title = f"layouts of {counted(made.gpus, 'GPU')} that fit, the fastest first"
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
     for column in (
         "tensor",

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_r1.report.catalogue import CONSOLE, METRICS, duration, label, show
+from megatron_r1.wording import counted
 
 SPARKS = "▁▂▃▄▅▆▇█"
 COLOURS = ("blue", "green", "magenta", "yellow", "cyan", "red", "white")
@@ -53,7 +54,9 @@ class Lines:
         self._total = total_steps
         self._pace = Pace(total_steps, first_step)
         self._widths: dict[str, int] = defaultdict(int)
-        self._write(f"{title}: {total_steps} steps" + (f", going on at step {first_step}" if first_step else ""))
+        self._write(
+            f"{title}: {counted(total_steps, 'step')}" + (f", going on at step {first_step}" if first_step else "")
+        )
 
     def begin(self, step: int, phase: str) -> None:
         """Phases are only seen live."""

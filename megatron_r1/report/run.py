@@ -37,6 +37,7 @@ from megatron_r1.report.spans import SPANS, Span, sync_seconds
 from megatron_r1.report.summary import SUMMARY, write_summary
 from megatron_r1.report.trackers import Tracker, open_trackers
 from megatron_r1.types import Group
+from megatron_r1.wording import counted
 
 
 class Report:
@@ -188,7 +189,7 @@ class Report:
         for tracker in self._trackers:
             tracker.log(step, figures)
         values = ", ".join(f"{name} {show(name, value)}" for name, value in figures.items())
-        self.message(f"evaluation after {step} steps: {values}")
+        self.message(f"evaluation after {counted(step, 'step')}: {values}")
 
     def samples(self, step: int, groups: Sequence[Group], tag: str, pieces: Pieces | None = None) -> None:
         """Keep a few responses of the first groups, to be read later.

@@ -21,6 +21,7 @@ from megatron_r1.config.chat_endpoint import ChatEndpointSection
 from megatron_r1.errors import ConfigError, EngineError
 from megatron_r1.reward import background
 from megatron_r1.reward.prompt import Messages
+from megatron_r1.wording import counted
 
 TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """HTTP answers that mean: try again later."""
@@ -132,8 +133,8 @@ class ChatEndpoint:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.section.give_up_after:
             raise EngineError(
-                f"the model at {self.url} has failed {self._failed_in_a_row} questions in a row, each asked "
-                f"{self.section.retries + 1} times; the last time: {last}"
+                f"the model at {self.url} has failed {counted(self._failed_in_a_row, 'question')} in a row, each asked "
+                f"{counted(self.section.retries + 1, 'time')}; the last time: {last}"
             )
         return None
 

@@ -31,6 +31,7 @@ import psutil
 
 from megatron_r1.config.guard import GuardSection, PretrainGuardSection
 from megatron_r1.errors import DataError, UserError
+from megatron_r1.wording import counted
 
 HUNG = 69
 """Exit code of a run that a deadline has ended (EX_UNAVAILABLE of sysexits.h)."""
@@ -267,7 +268,7 @@ class Heartbeat:
         rest = [beat for rank, beat in sorted(beats.items()) if rank not in {*silent, *behind}]
         lines += [f"  waiting: {beat}" for beat in rest[:8]]
         if len(rest) > 8:
-            lines.append(f"  waiting: {len(rest) - 8} more ranks")
+            lines.append(f"  waiting: {counted(len(rest) - 8, 'more rank')}")
         return "\n".join([*lines, f"  {_GO_ON}; deadlines are set in [guard]"])
 
     def _stack_of(self, beat: Beat) -> list[str]:

@@ -34,6 +34,7 @@ from megatron_r1.train.heartbeat import Heartbeat
 from megatron_r1.train.policy import Figures, Policy, TrainedModel
 from megatron_r1.train.preference_batch import Item, batch, batches
 from megatron_r1.train.throughput import Throughput
+from megatron_r1.wording import counted
 
 EVALUATION_ITEMS = 1024
 """Held-out items whose microbatches are in memory at once."""
@@ -189,7 +190,7 @@ class PreferenceLoop:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.data.counts.items())
         model = self.policy.model
         size = lora.size(parameter_counts(model.chunks), model.config.params_dtype)
-        return f"{size}; rows: {counts}; {steps} steps of {self.config.batch}"
+        return f"{size}; rows: {counts}; {counted(steps, 'step')} of {self.config.batch}"
 
     def _save_model(self) -> None:
         """Write the trained model as a Hugging Face folder that names its padding token, if that is a token apart."""

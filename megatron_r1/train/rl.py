@@ -37,6 +37,7 @@ from megatron_r1.train.policy import Figures
 from megatron_r1.train.rollouts import IN_FLIGHT, PASS_RATES
 from megatron_r1.train.throughput import Throughput
 from megatron_r1.types import Group
+from megatron_r1.wording import counted
 
 _FIRST_STEPS = 3
 """Steps in which a reward that is the same for all samples is a mistake, and not a task that is learned."""
@@ -234,8 +235,8 @@ def _batch_arithmetic(config: RLConfig, learner: Learner) -> str:
         memory.append(in_words("critic", learner.critic.scorer.trainable))
     return (
         f"{lora.size(parameter_counts(model.chunks), model.config.params_dtype)}; "
-        f"a step is {config.questions} questions x {config.group_size} samples = {samples} "
-        f"samples = {config.minibatches} updates of {samples // config.minibatches}; "
+        f"a step is {counted(config.questions, 'question')} x {counted(config.group_size, 'sample')} = {samples} "
+        f"samples = {counted(config.minibatches, 'update')} of {samples // config.minibatches}; "
         f"weights, gradients and optimizer: {', '.join(memory)}"
     )
 

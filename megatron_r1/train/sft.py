@@ -37,6 +37,7 @@ from megatron_r1.train.guard import Guard
 from megatron_r1.train.heartbeat import Heartbeat
 from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.throughput import Throughput
+from megatron_r1.wording import counted
 
 
 def run(config: SFTConfig) -> dict[str, Any]:
@@ -142,8 +143,8 @@ class _Rows:
         """The run's arithmetic, and its data by domain."""
         domains = ", ".join(f"{name} {part['rows']:,}" for name, part in self.chats.table(self.training).items())
         return (
-            f"{config.epochs} epochs x {self.epochs.rows_per_epoch:,} rows = {self.epochs.steps:,} steps of "
-            f"{config.batch} ({domains})"
+            f"{counted(config.epochs, 'epoch')} x {counted(self.epochs.rows_per_epoch, 'row')} = "
+            f"{counted(self.epochs.steps, 'step')} of {config.batch} ({domains})"
         )
 
 

@@ -86,7 +86,7 @@ prepare() {
     elif ((TRAINS == 0 && nodes > 1)); then
         FLEET=steps wanted=$FLEET_NODES
     fi
-    ((nodes == wanted)) || refuse "$wanted nodes, this job has $nodes (sbatch --nodes=$wanted)"
+    ((nodes == wanted)) || refuse "--nodes=$wanted, this job has $nodes"
     if [[ $FLEET != none && -n $RESOLVED ]]; then
         "$PYTHON" -m megatron_r1.cluster.needs --gpus-per-node="$GPUS" --elsewhere <<<"$RESOLVED" >/dev/null || exit 2
     fi

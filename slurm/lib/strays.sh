@@ -27,7 +27,7 @@ this=${MEGATRON_R1_ATTEMPT%-*} this=${this##*-}
 running=" $* "
 mapfile -t found < <(strays)
 ((${#found[@]})) || exit 0
-echo "$SLURMD_NODENAME: ending ${#found[@]} processes that an earlier attempt has left"
+echo "$SLURMD_NODENAME: ending processes that an earlier attempt has left: ${#found[@]}"
 kill -TERM "${found[@]}" 2>/dev/null
 sleep 5
 mapfile -t found < <(strays)

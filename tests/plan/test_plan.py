@@ -141,7 +141,7 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], tmp_path: P
     small.write_text(TINY_RL)
     assert run(PlanConfig(run_file=small, gpus=1), ["--rollout.engines=2"], as_json=False) == 0
     text = capsys.readouterr().out
-    assert "on 1 GPUs and 2 of the fleet" in text
+    assert "on 1 GPU and 2 of the fleet" in text
     for word in ("weights", "gradients", "at train", "at score", "rollout", "training alone"):
         assert word in text
 

@@ -96,7 +96,7 @@ def test_a_dry_run_plans_recipes_that_have_a_plan(tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)["plan"]["fits"]
     dry_run(read_recipe(path, [], VERBS), as_json=False, stage=None)
     text = capsys.readouterr().out
-    for words in ("planned on H100", "at train", "1 engines of 1 GPUs", "GPU-hours", "at 2 each"):
+    for words in ("planned on H100", "at train", "1 engine of 1 GPU:", "GPU-hours", "at 2 each"):
         assert words in text
     without = {key: value for key, value in RECIPE.items() if key != "plan"}
     dry_run(read_recipe(written(tmp_path, without), [], VERBS), as_json=False, stage=None)

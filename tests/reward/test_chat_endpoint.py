@@ -133,7 +133,7 @@ def test_one_that_never_works_stops_the_run() -> None:
         asked = endpoint(server.url, retries=0, give_up_after=3, max_concurrency=1)
         futures = [asked.ask(ASKED, Judgement) for _ in range(3)]
         assert [future.result() for future in futures[:2]] == [None, None]
-        with pytest.raises(EngineError, match=r"failed 3 questions in a row, each asked 1 times; .*not a Judgement"):
+        with pytest.raises(EngineError, match=r"failed 3 questions in a row, each asked 1 time; .*not a Judgement"):
             futures[2].result()
     with scripted(one_by_one("no", "no", GOOD, "no", "no", GOOD)) as server:
         asked = endpoint(server.url, retries=0, give_up_after=3, max_concurrency=1)

@@ -236,7 +236,7 @@ def test_figures_of_a_run(base: Path, tmp_path: Path) -> None:
     assert all(recorded.count(f'"{name}": ') == 3 for name in ("tokens_per_second", "tflops", "memory_peak_max"))
     log = (tmp_path / "run/run.log").read_text()
     assert "1 of 9 responses left out: longer than max_length" in log
-    assert "1 epochs x 8 rows = 3 steps of 3 (math 4, logic 4)" in log
+    assert "1 epoch x 8 rows = 3 steps of 3 (math 4, logic 4)" in log
     weighted = run(config(base, tmp_path / "weighted", data=[{"path": double.path, "weight": 2.0}], epochs=1))
     assert (weighted["rows"], weighted["steps"]) == (2, 2)
 

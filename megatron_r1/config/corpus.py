@@ -82,6 +82,7 @@ class CorpusSection(Section):
 
         train = [{ path = "index/web", weight = 0.7 }, { path = "index/code", weight = 0.3 }]
         validation = ["index/held_out"]
+        test = ["index/never_looked_at"]
         sequence_length = 4096
         fim_rate = 0.1
     """
@@ -89,6 +90,9 @@ class CorpusSection(Section):
     train: Datasets
     """Megatron indexed datasets, without the .bin/.idx ending; without weights each counts by its tokens."""
     validation: Datasets = []
+    """Their loss is taken during the run."""
+    test: Datasets = []
+    """Their loss is taken once, after the last step."""
     sequence_length: PositiveInt
     fim_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of the training documents that are rearranged for filling in the middle; DeepSeek-V3: 0.1."""
@@ -97,7 +101,7 @@ class CorpusSection(Section):
     def _each_once(self) -> "CorpusSection":
         if not self.train:
             raise ValueError("`train` names no dataset")
-        for datasets in (self.train, self.validation):
+        for datasets in (self.train, self.validation, self.test):
             paths = [part if isinstance(part, Path) else part.path for part in datasets]
             for path in paths:
                 if paths.count(path) > 1:

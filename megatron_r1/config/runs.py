@@ -69,6 +69,7 @@ class PretrainConfig(Section):
     """Sequences of one forward pass on one rank."""
     validation_every: PositiveInt = 100
     validation_batches: PositiveInt = 4
+    """Of `batch` sequences; as many of the test's."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ METRICS = {
     "rerouted_tokens": Metric("Tokens with such a choice", "rerouted tokens", "percent"),
     "loss": Metric("Loss", "loss"),
     "validation_loss": Metric("Validation loss", "val loss"),
+    "test_loss": Metric("Test loss", "test loss"),
     "mtp_loss": Metric("MTP loss", "mtp"),
     "grad_norm": Metric("Gradient norm", "grad"),
     "lr": Metric("Learning rate", "lr", "scientific"),

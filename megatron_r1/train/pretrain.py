@@ -105,12 +105,12 @@ class _Pretraining:
             )
 
     def _train(self, start: int, guard: Guard, report: Report) -> Figures:
-        """The steps from `start` on; returns the last validation's figures."""
+        """The steps from `start` on; returns the losses on held-out rows after the last."""
         config, policy, loss = self._config, self._policy, CrossEntropy()
         for step in range(start, self._steps):
             schedule.apply(self._model.config, config.model, self._ramp.tokens_before(step))
             if step and step % config.validation_every == 0:
-                self._feed.validate(step, report, loss)
+                self._feed.heldout("validation", step, report, loss)
             with report.step(step):
                 with report.phase("data"):
                     minibatch = self._feed.training(step)
@@ -124,7 +124,8 @@ class _Pretraining:
                 with report.phase("checkpoint"):
                     mark = {LAST_ROW: self._feed.last_row(step + 1)}
                     self._checkpoints.save(step + 1, policy.trainable, {}, guard.state() | mark)
-        return self._feed.validate(self._steps, report, loss)
+        final = [self._feed.heldout(name, self._steps, report, loss) for name in ("validation", "test")]
+        return final[0] | final[1]
 
     def _compare(self, start: int, carried: Figures) -> None:
         """Warn where the steps before `start` would read other rows today."""
@@ -182,10 +183,9 @@ class _Feed:
         self._config, self._tokenizer, self._policy = config, tokenizer, policy
         self._ramp, self._rewinds = ramp, rewinds
         self._training = self._corpus("train", config.corpus.train, ramp.rows_before(steps))
-        if config.corpus.validation:
-            self._validation = self._corpus(
-                "validation", config.corpus.validation, config.validation_batches * config.batch
-            )
+        self._heldout_rows = config.validation_batches * config.batch
+        paths = {"validation": config.corpus.validation, "test": config.corpus.test}
+        self._heldout = {name: self._corpus(name, own, self._heldout_rows) for name, own in paths.items() if own}
 
     def training(self, step: int) -> Minibatch:
         """Microbatches of one optimizer step."""
@@ -196,13 +196,13 @@ class _Feed:
         number = self._rewinds.row(self._ramp.rows_before(step) - 1)
         return float(zlib.crc32(self._training.rows(number, 1, torch.device("cpu")).tokens.numpy().tobytes()))
 
-    def validate(self, step: int, report: Report, loss: CrossEntropy) -> Figures:
-        """Loss on the validation rows of the policy as it is after `step` steps; empty without such rows."""
-        if not self._config.corpus.validation:
+    def heldout(self, name: str, step: int, report: Report, loss: CrossEntropy) -> Figures:
+        """Loss on the validation or test rows of the policy as it is after `step` steps; empty without such rows."""
+        if name not in self._heldout:
             return {}
-        rows = self._share(self._validation, 0, self._config.validation_batches * self._config.batch)
+        rows = self._share(self._heldout[name], 0, self._heldout_rows)
         with report.phase("validation"):
-            figures = {"validation_loss": self._policy.evaluate(rows, loss)["loss"]}
+            figures = {f"{name}_loss": self._policy.evaluate(rows, loss)["loss"]}
         report.evaluation(step, figures)
         return figures
 

@@ -70,6 +70,7 @@ def pretrain(folder: Path, output: Path) -> dict[str, Any]:
         "corpus": {
             "train": [str(folder / "index/train")],
             "validation": [str(folder / "index/validation")],
+            "test": [str(folder / "index/validation")],
             "sequence_length": 64,
         },
         "optim": {"lr": 5e-3, "schedule": "cosine", "warmup_steps": 3},

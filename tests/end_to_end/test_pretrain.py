@@ -25,6 +25,16 @@ def test_killed_run_goes_on_to_the_same_bits(prepared: Path, tmp_path: Path) -> 
     assert runs.summary(output) == runs.summary(prepared / "base")
 
 
+def test_the_test_is_taken_once_after_the_last_step(prepared: Path) -> None:
+    """Here of the documents of the validation."""
+    lines = rows(prepared / "base", "evaluation")
+    assert [(line["step"], name) for line in lines for name in line if name.endswith("_loss")] == [
+        (6, "validation_loss"), (12, "validation_loss"), (12, "test_loss")
+    ]  # fmt: skip
+    summary = runs.summary(prepared / "base")
+    assert summary["test_loss"] == summary["validation_loss"] == lines[-1]["test_loss"]
+
+
 def test_two_processes_learn_what_one_does(prepared: Path, tmp_path: Path) -> None:
     """Stopped by SIGTERM on the way, after which it saves, and finished by one process."""
     output = tmp_path / "run"

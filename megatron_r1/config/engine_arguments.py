@@ -29,6 +29,20 @@ PLACEMENT = frozenset(
 )
 """Arguments that say which ranks of an engine a command starts, and where the others are."""
 
+OURS = {
+    "model": "set model.path, or rollout.fp8_path",
+    "dtype": "set model.dtype",
+    "host": "it has its engines listen on loopback; for others there is rollout.addresses",
+    "port": "set rollout.port",
+    "api-key": "set rollout.token_env",
+    "max-model-len": "set rollout.max_model_len",
+    "max-num-seqs": "set rollout.max_num_seqs",
+    "weight-transfer-config": "set rollout.transport",
+    "generation-config": "set rollout.temperature",
+    "logprobs-mode": "the learner needs those of the distribution that was sampled from",
+}
+"""Arguments that the run itself gives each engine, and which given twice would not do what they say -> what to do."""
+
 
 def by_name(arguments: Sequence[str]) -> dict[str, str]:
     """Name -> value of `--name=value` and `--name value`; a name alone has none."""
@@ -42,6 +56,13 @@ def by_name(arguments: Sequence[str]) -> dict[str, str]:
         elif name:
             found[name] = argument
     return found
+
+
+def refuse_ours(arguments: Sequence[str]) -> None:
+    """Raises `ConfigError` if one is among `OURS`."""
+    for name in by_name(arguments):
+        if name in OURS:
+            raise ConfigError(f"arguments: --{name} is for the run to give: {OURS[name]}")
 
 
 def ranks(arguments: Sequence[str]) -> tuple[int, int, int]:

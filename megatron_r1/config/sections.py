@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_r1.config.component import TaskComponent
 from megatron_r1.config.context_extension import ContextSection
-from megatron_r1.config.engine_arguments import ranks
+from megatron_r1.config.engine_arguments import ranks, refuse_ours
 from megatron_r1.config.kernels import Fp8Section, KernelsSection
 from megatron_r1.config.recompute import MemorySection
 from megatron_r1.config.schedule import Phases, Piecewise, Stepwise, largest
@@ -290,6 +290,9 @@ class RolloutSection(Section):
     def _fits(self) -> "RolloutSection":
         if (longest := largest(self.max_tokens)) >= self.max_model_len:
             raise ValueError(f"max_tokens {longest} leaves no room for a prompt in max_model_len {self.max_model_len}")
+        refuse_ours(self.arguments)
+        if twice := [one for one in self.addresses if self.addresses.count(one) > 1]:
+            raise ValueError(f"addresses names {twice[0]} twice: each engine once")
         if self.transport == "shared_memory" and not self.on_this_machine:
             raise ValueError('transport = "shared_memory" does not reach addresses on other machines: "disk" does')
         if self.sleep and self.addresses:

@@ -23,6 +23,8 @@ R = TypeVar("R")
 _PIPELINE_LAYOUT: ContextVar[str | None] = ContextVar("pipeline_layout", default=None)
 """[parallel] pipeline_layout of this run, which Megatron's parallel state does not keep."""
 
+_HOSTS: list[dist.ProcessGroup] = []
+"""All ranks over gloo, where the default group is NCCL's."""
 TIMEOUT = timedelta(days=1)
 """Longest that ranks wait for one another. A rollout, which may take hours, happens inside one wait; a rank that dies
 needs no limit, because torchrun ends the others."""
@@ -50,6 +52,8 @@ def initialize(section: ParallelSection, seed: int, kernels: KernelsSection | No
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        if backend == "nccl":
+            _HOSTS[:] = [dist.new_group(backend="gloo", timeout=TIMEOUT)]
     if not parallel_state.model_parallel_is_initialized():
         _refuse_indivisible(section, dist.get_world_size())
         parallel_state.initialize_model_parallel(
@@ -152,7 +156,11 @@ def is_first_rank() -> bool:
 
 
 def from_first_rank(produce: Callable[[], T]) -> T:
-    """What `produce` returns on the first rank, on every rank; an error there is raised on all."""
+    """What `produce` returns on the first rank, on every rank; an error there is raised on all.
+
+    The others wait on their processors: over NCCL a kernel would, and take half of a GPU from the engine that the first
+    rank waits for.
+    """
     outcome: list[Any] = [None, None]
     if is_first_rank():
         try:
@@ -161,7 +169,7 @@ def from_first_rank(produce: Callable[[], T]) -> T:
             outcome[1] = error
             if dist.get_world_size() == 1:
                 raise
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=_HOSTS[0] if _HOSTS else None)
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]

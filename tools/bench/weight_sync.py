@@ -39,19 +39,19 @@ LARGER = {
         **DENSE,
         "hidden_size": 384,
         "intermediate_size": 1024,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 9,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
-        "vocab_size": 8192,
+        "vocab_size": 8960,
     },
     "135M": {
         **DENSE,
         "hidden_size": 640,
         "intermediate_size": 1536,
-        "num_hidden_layers": 22,
+        "num_hidden_layers": 26,
         "num_attention_heads": 10,
         "num_key_value_heads": 10,
-        "vocab_size": 32000,
+        "vocab_size": 34432,
     },
 }
 """Changes to the run's own config.json."""

@@ -210,7 +210,7 @@ def write(
             config = {key: value for key, value in config.items() if key != QUANTIZATION}
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(aside, sources)
-        _exchange(aside, folder, old)
+        exchange(aside, folder, old)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}") from error
     finally:
@@ -283,19 +283,20 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
+def write_index(folder: Path, files: Mapping[str, str], total: int, metadata: Mapping[str, str] | None = None) -> None:
     """Write the index of a folder of several shards.
 
     Args:
         folder: where the shards stand.
         files: the file of each tensor.
         total: size of all tensors in bytes.
+        metadata: more to say of them.
     """
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    index = {"metadata": {"total_size": total, **(metadata or {})}, "weight_map": dict(sorted(files.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _exchange(new: Path, folder: Path, old: Path) -> None:
+def exchange(new: Path, folder: Path, old: Path) -> None:
     """Rename `new` to `folder`, whose older contents go."""
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed before it removed it

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from megatron_r1.errors import DataError
-from megatron_r1.model.collect import Sender, collected, senders
+from megatron_r1.model.collect import FIRST, Route, Sender, collected, routes, senders
 from megatron_r1.model.family import Rule
 from megatron_r1.model.hf_folder import Weights
 from megatron_r1.model.own_shares import OwnShares
@@ -33,6 +33,7 @@ class WeightMap:
         self.rules = list(rules)
         self.passthrough: dict[str, torch.Tensor] = {}
         self._senders: dict[str, list[Sender]] | None = None
+        self._routes: dict[str, Route] | None = None
         self._own: OwnShares | None = None
         self._specs: dict[tuple[torch.dtype, frozenset[str] | None], dict[str, Spec]] = {}
 
@@ -66,26 +67,34 @@ class WeightMap:
             raise DataError(f"no rule knows {len(unknown)} tensors of the checkpoint, for example {unknown[0]}")
 
     def export(
-        self, chunks: Sequence[GPTModel], dtype: torch.dtype, only: frozenset[str] | None = None
+        self,
+        chunks: Sequence[GPTModel],
+        dtype: torch.dtype,
+        only: frozenset[str] | None = None,
+        spread: bool = False,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and whole values on the first rank, nothing on the others, which have to iterate, too.
 
         Views of the model's own memory where the rank holds all of a tensor, and dtype and order already fit. Adapters
         are merged into the weights that they belong to. `only`: Megatron's names of those that are wanted.
+        `spread`: each on one rank that holds a part of it (`collect.routes`), instead of all on the first.
         """
         ours, sent_by = self._owned(chunks), self._sent_by(chunks)
+        routed = self._routed(chunks) if spread else {}
         for rule in self.rules:
             if rule.megatron in sent_by and (only is None or rule.megatron in only):
-                yield from ours.views.get((rule.megatron, dtype)) or self._pairs(rule, sent_by, ours, dtype)
+                route = routed[rule.megatron] if spread else Route(FIRST, sent_by[rule.megatron])
+                yield from self._pairs(rule, route, ours, dtype)
         if only is None:
             yield from self.passthrough.items()
 
     @staticmethod
-    def _pairs(
-        rule: Rule, sent_by: Mapping[str, list[Sender]], ours: OwnShares, dtype: torch.dtype
-    ) -> list[tuple[str, torch.Tensor]]:
+    def _pairs(rule: Rule, route: Route, ours: OwnShares, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
         name, kept = rule.megatron, None if rule.float32 else dtype
-        tensor = collected(sent_by[name], partial(ours.value, name), kept)
+        # Another rank may want what this one has as views.
+        if route.root == dist.get_rank() and (views := ours.views.get((name, dtype))):
+            return views
+        tensor = collected(route.senders, partial(ours.value, name), kept, route.root)
         if tensor is None:
             return []
         pairs = list(zip(rule.hf, rule.cut(tensor), strict=True)) + [(copy, tensor) for copy in rule.copies]
@@ -135,6 +144,11 @@ class WeightMap:
                 raise DataError(f"no rule exports {len(left)} tensors of the model, for example {min(left)}")
         return self._senders
 
+    def _routed(self, chunks: Sequence[GPTModel]) -> dict[str, Route]:
+        if self._routes is None:
+            self._routes = routes(self._sent_by(chunks))
+        return self._routes
+
     def _owned(self, chunks: Sequence[GPTModel]) -> OwnShares:
         if self._own is None or not self._own.are_of(chunks):
             self._own = OwnShares(chunks)
@@ -150,9 +164,11 @@ class Export:
     dtype: torch.dtype
     only: frozenset[str] | None = None
     """Megatron's names of those that are wanted."""
+    spread: bool = False
+    """Each on one of the ranks that hold a part of it, instead of all on the first."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.map.export(self.chunks, self.dtype, self.only)
+        return self.map.export(self.chunks, self.dtype, self.only, self.spread)
 
     def specs(self) -> dict[str, Spec]:
         """See `WeightMap.specs`."""
@@ -161,6 +177,10 @@ class Export:
     def of_each_stage(self) -> "Export":
         """A few of them: see `WeightMap.of_each_stage`."""
         return replace(self, only=self.map.of_each_stage(self.chunks))
+
+    def spread_out(self) -> "Export":
+        """The same, of which each rank gets its share."""
+        return replace(self, spread=True)
 
 
 def _joined(rule: Rule, reader: Weights, shape: tuple[int, ...]) -> torch.Tensor:

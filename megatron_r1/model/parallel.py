@@ -176,6 +176,26 @@ def from_first_rank(produce: Callable[[], T]) -> T:
     return result
 
 
+def from_every_rank(produce: Callable[[], T]) -> list[T]:
+    """What `produce` returns on each rank, in their order, on every rank.
+
+    An error is raised on all when all have ended, of several the lowest rank's.
+    """
+    if dist.get_world_size() == 1:
+        return [produce()]
+    mine: tuple[T | None, Exception | None]
+    try:
+        mine = (produce(), None)
+    except Exception as error:
+        mine = (None, error)
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    for _, raised in of_ranks:
+        if raised is not None:
+            raise raised
+    return [result for result, _ in of_ranks]
+
+
 def consumed_by_first_rank(consume: Callable[[Iterator[T]], R], items: Iterable[T]) -> R:
     """What `consume(items)` returns on the first rank, on every rank; all ranks take part in making the items.
 

@@ -87,10 +87,10 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, path: Path, version: int) -> None:
-        """Replace the weights in place by those of a safetensors file that holds Hugging Face names.
+        """Replace the weights in place by those of a safetensors file, or folder of them, under Hugging Face names.
 
         Raises:
-            EngineError: the engine died, refused the file, or reports another version afterwards.
+            EngineError: the engine died, refused them, or reports another version afterwards.
         """
         ...
 

@@ -257,7 +257,7 @@ class Engines:
         except EngineLostError as error:
             self.lose(member, life, error)
         except EngineError as error:
-            text = f"weights {self.weights.version} of rank 0, in a file: {member.name} does not take them: {error}"
+            text = f"weights {self.weights.version} in {self.weights.path}: {member.name} does not take them: {error}"
             raise TransferError(text) from error
         else:
             if member.ready and member.life == life and self.watcher:

@@ -181,7 +181,7 @@ class Fleet:
         return self._running.start(self._running.idle()).result()
 
     def update_weights(self, path: Path, version: int) -> None:
-        """See `Engine.update_weights`; every server reads the same file, and the fleet keeps it open for later ones."""
+        """See `Engine.update_weights`; every server reads the same files, which are kept for later ones (`Weights`)."""
         running, self.updated = self._running, time.monotonic()
         running.start(wake(running)).result()
         running.start(running.update_weights(path, version)).result()

@@ -23,22 +23,24 @@ START_KEY = "rollout.start_timeout"
 
 
 class Weights:
-    """What engines have to hold: a safetensors file, or what they start with.
+    """What engines have to hold: a safetensors file or a folder of them, or what they start with.
 
-    The file is kept open, so an engine on this machine that starts again finds it after its name is gone, and a run
-    that is killed leaves no name behind.
+    A file is kept open, so an engine on this machine that starts again finds it after its name is gone, and a run that
+    is killed leaves no name behind. A folder stays by itself until no engine loads it any more.
 
     Args:
         version: of the trainer.
-        path: the file.
+        path: the file or folder.
         passed: whether they went from GPU to GPU, so that nobody can have them later.
     """
 
     def __init__(self, version: int, path: Path | None = None, passed: bool = False) -> None:
         self.version, self.path, self.passed = version, path, passed
         self.kept: Path | None = None
-        """The same file, whatever becomes of its name."""
-        if path:
+        """The same, whatever becomes of a file's name."""
+        if path and path.is_dir():
+            self.kept = path
+        elif path:
             opened = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, opened)
             self.kept = Path(f"/proc/{os.getpid()}/fd/{opened}")

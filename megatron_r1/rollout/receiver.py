@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers: takes new weights from a file, over NCCL or by CUDA IPC, as the trainer says.
+"""Runs inside vLLM's workers: takes new weights from files, over NCCL or by CUDA IPC, as the trainer says.
 
 vLLM's weight-transfer API has engines for NCCL and CUDA IPC, but an engine of vLLM takes one of them for all its life,
 and neither works on CPU. So one engine of ours is registered with vLLM's factory: it reads files by itself and leaves
@@ -6,7 +6,6 @@ the rest to vLLM's own two. vLLM imports this module in every worker by
 `--worker-extension-cls megatron_r1.rollout.receiver.Receiver`, which needs no installed entry point.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -28,8 +26,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from megatron_r1.rollout.checksum import KEY, VERSION, checksum, checksum_of_all
+from megatron_r1.rollout.checksum import checksum, checksum_of_all
 from megatron_r1.rollout.engine import BACKEND, PREFLIGHT
+from megatron_r1.rollout.weights_files import read, version_of
 
 logger = init_logger("vllm.megatron_r1")  # vLLM writes what its own loggers say
 
@@ -56,7 +55,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """Where tensors of this update are."""
 
     path: str | None = None
-    """A safetensors file with the names of a Hugging Face checkpoint."""
+    """A safetensors file with the names of a Hugging Face checkpoint, or a folder of them with its index."""
     transport: str | None = None
     """Or the transport by which they come."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -167,28 +166,6 @@ class _Listening:
         pairs = list(weights)
         self._received.update((name, checksum(tensor)) for name, tensor in pairs if name in self._sampled)
         return self._model.load_weights(pairs)
-
-
-def read(path: str, received: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, one at a time, of a safetensors file; their checksums go to `received`.
-
-    Raises:
-        ValueError: a tensor is not what the trainer wrote, as the file's metadata tell.
-    """
-    with safe_open(path, "pt") as file:
-        sent = json.loads((file.metadata() or {}).get(KEY, "{}"))
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            tensor = file.get_tensor(name)
-            received[name] = checksum(tensor)
-            if received[name] != sent.get(name, received[name]):
-                raise ValueError(f"{name} in {path} has checksum {received[name]}, but {sent[name]} was sent")
-            yield name, tensor
-
-
-def version_of(path: str) -> str:
-    """Which weights a file says that it holds."""
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get(VERSION, "of no version")
 
 
 def repack_experts(model: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ from megatron_r1.config.runs import RLConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import EngineError
 from megatron_r1.model.mapping import Export
-from megatron_r1.model.parallel import consumed_by_first_rank, from_first_rank, is_first_rank
+from megatron_r1.model.parallel import from_first_rank, is_first_rank
 from megatron_r1.report.run import Report
 from megatron_r1.report.spans import SPANS, SYNC
 from megatron_r1.reward.judge import Judge
@@ -33,9 +33,11 @@ from megatron_r1.train.interruption import Interruptions
 from megatron_r1.types import Group, Question, Sample
 from megatron_r1.weight_sync.fp8_weights import Fp8Weights
 from megatron_r1.weight_sync.named_tensors import NamedTensors
-from megatron_r1.weight_sync.transport import open_sync, preflight
+from megatron_r1.weight_sync.transport import as_it_is, join_sync, open_sync, preflight, send
 
 T = TypeVar("T")
+SYNC_FOLDER = "sync"
+"""Of the output: what weights go through that go through files."""
 
 
 class Collector:
@@ -54,12 +56,14 @@ class Collector:
         self._stack = ExitStack()
         self._version = 0
         self._tried = False
-        self._stored: Callable[[NamedTensors], NamedTensors] = lambda tensors: tensors
+        self._stored: Callable[[NamedTensors], NamedTensors] = as_it_is
         """What engines are sent."""
 
     def __enter__(self) -> Self:
         with self._report.phase("start"):
-            from_first_rank(self._open)
+            self._stored = from_first_rank(self._open)
+        if not is_first_rank():
+            self._join()
         return self
 
     def __exit__(
@@ -74,11 +78,10 @@ class Collector:
             TransferError: they have not arrived, `transfer_retries` times again.
         """
         with self._report.phase("sync"):
-            specs = export.specs()
             for attempt in count():
                 try:
                     self._try(export)
-                    consumed_by_first_rank(lambda tensors: self._push(NamedTensors(tensors, specs), version), export)
+                    send(partial(self._push, version=version), export, self._config.rollout.chosen_transport)
                     break
                 except TransferError as error:
                     if attempt == self._config.rollout.transfer_retries:
@@ -153,11 +156,11 @@ class Collector:
         named = {f"fleet_{what}" + (f"/{engine}" if engine else ""): value for (engine, _, what), value in parts}
         return {"fleet_idle": self._fleet.idle(), **named}
 
-    def _open(self) -> None:
-        config = self._config
+    def _open(self) -> Callable[[NamedTensors], NamedTensors]:
+        """On the first rank. What engines are sent."""
+        config, fp8 = self._config, self._config.rollout.fp8_path
         with self._interruptions.at_once(), self._stack:
-            if config.rollout.fp8_path:
-                self._stored = Fp8Weights(config.rollout.fp8_path, config.model.path)
+            stored = Fp8Weights(fp8, config.model.path) if fp8 else as_it_is
             self._stack.enter_context(Scorers(config.reward_models, config.output))
             self._judge = self._stack.enter_context(
                 Judge(
@@ -169,9 +172,15 @@ class Collector:
             )
             self._fleet = self._stack.enter_context(open_fleet(config, self._tokenizer))
             self._judge.wait_until_ready()
-            self._sync = open_sync(config.rollout, self._fleet, config.output / "sync")
+            self._sync = open_sync(config.rollout, self._fleet, config.output / SYNC_FOLDER)
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
+        return stored
+
+    def _join(self) -> None:
+        """On the other ranks."""
+        if sync := join_sync(self._config.rollout, self._config.output / SYNC_FOLDER):
+            self._sync = sync
 
     def _try(self, export: Export) -> None:
         """The first time a few tensors go ahead, and what a push will be is said."""
@@ -182,7 +191,7 @@ class Collector:
             self._tried = True
 
     def _push(self, tensors: NamedTensors, version: int) -> None:
-        """On the first rank."""
+        """On the ranks that send."""
         tensors = self._stored(tensors)
         began, gathered = time.monotonic(), math.inf
 
@@ -192,8 +201,8 @@ class Collector:
             gathered = time.monotonic()
             SPANS.add(SYNC, "gather", began, gathered)
 
-        self._sync.push(NamedTensors(noted(), tensors.specs), version)
-        if gathered < self._fleet.updated:  # else tensors go out one by one as they are gathered
+        self._sync.push(tensors.turned_into(noted()), version)
+        if is_first_rank() and gathered < self._fleet.updated:  # else tensors go out one by one as they are gathered
             SPANS.add(SYNC, "write", gathered, self._fleet.updated)
 
     def _collect(self, questions: Sequence[Question], n: int, seed: int, temperature: float | None) -> list[Group]:

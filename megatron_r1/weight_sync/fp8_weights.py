@@ -51,7 +51,7 @@ class Fp8Weights:
         specs: dict[str, Spec] = {}
         for name, spec in tensors.specs.items():
             specs |= fp8.stored(name, spec.shape, self._block) if name in self._names else {name: spec}
-        return NamedTensors(self._quantized(tensors), specs)
+        return tensors.turned_into(self._quantized(tensors), specs)
 
     def _quantized(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,7 +17,10 @@ from megatron_r1.weight_sync.disk import DiskSync
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
 
+T = TypeVar("T")
 MIB = 2**20
+SPREAD = ("disk",)
+"""Transports that send from every rank; of the others the first rank is the one sender."""
 
 
 class WeightSync(Protocol):
@@ -30,7 +33,8 @@ class WeightSync(Protocol):
         """Replace the engines' weights in place; from here on their responses carry `version`.
 
         Args:
-            tensors: the whole model under its Hugging Face names, in the engines' dtype.
+            tensors: the whole model under its Hugging Face names, in the engines' dtype; by a transport of `SPREAD`
+                this rank's share of it.
             version: the trainer's step.
 
         Returns:
@@ -55,8 +59,13 @@ class TakesWeights(Engine, Protocol):
         ...
 
 
+def join_sync(section: RolloutSection, folder: Path) -> WeightSync | None:
+    """What ranks other than the first need for a run's transport, if anything; `folder` as below."""
+    return DiskSync(None, folder) if section.chosen_transport in SPREAD else None
+
+
 def open_sync(section: RolloutSection, engine: TakesWeights, folder: Path) -> WeightSync:
-    """The transport of a run.
+    """The transport of a run, on the first rank.
 
     Args:
         section: the run file's [rollout].
@@ -79,6 +88,11 @@ def open_sync(section: RolloutSection, engine: TakesWeights, folder: Path) -> We
     from megatron_r1.weight_sync.direct import DirectSync  # imports vLLM into the trainer: seconds, and only for this
 
     return DirectSync(engine, transport, section)
+
+
+def as_it_is(tensors: NamedTensors) -> NamedTensors:
+    """What engines hold that do not quantise."""
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class PushPlan:
 
 
 class Exported(Protocol):
-    """A model's tensors, collected anew each time that all ranks iterate it (`Export`)."""
+    """A model's tensors, collected anew on the first rank each time that all ranks iterate it (`Export`)."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
     def specs(self) -> Mapping[str, Spec]:
@@ -118,29 +132,49 @@ class Exported(Protocol):
         """A few of them, from every rank's kind."""
         ...
 
+    def spread_out(self) -> "Exported":
+        """Each on one of the ranks that hold a part of it, instead."""
+        ...
+
+
+def send(push: Callable[[NamedTensors], T], export: Exported, transport: str) -> T:
+    """What a push returns of the tensors that the transport takes from this rank. All ranks call it together.
+
+    Args:
+        push: called on all ranks if the transport is of `SPREAD`, else on the first.
+        export: what is pushed.
+        transport: by which.
+
+    Raises:
+        EngineError: as `WeightSync.push`, on all ranks.
+    """
+    specs = export.specs()
+    if transport in SPREAD:
+        return push(NamedTensors(export.spread_out(), specs))
+    return consumed_by_first_rank(lambda tensors: push(NamedTensors(tensors, specs)), export)
+
 
 def preflight(
     push: Callable[[NamedTensors], float],
     export: Exported,
     transport: str,
-    stored: Callable[[NamedTensors], NamedTensors] = lambda tensors: tensors,
+    stored: Callable[[NamedTensors], NamedTensors] = as_it_is,
 ) -> PushPlan:
     """Send a few tensors of every pipeline stage alone, twice: the first makes connections, the second is timed.
 
     Engines have no usable weights afterwards, until the next push. All ranks call it together.
 
     Args:
-        push: `WeightSync.push` as version `PREFLIGHT`; called on the first rank.
+        push: `WeightSync.push` as version `PREFLIGHT`.
         export: what will be pushed.
         transport: by which.
-        stored: what engines are sent of them; on the first rank.
+        stored: what engines are sent of them.
 
     Raises:
         EngineError: as `WeightSync.push`.
     """
-    few = export.of_each_stage()
-    specs, seconds = few.specs(), 0.0
+    few, seconds = export.of_each_stage(), 0.0
     for _ in range(2):
-        seconds = consumed_by_first_rank(lambda tensors: push(stored(NamedTensors(tensors, specs))), few)
-    whole, tried = stored(NamedTensors((), export.specs())), stored(NamedTensors((), specs))
+        seconds = send(lambda tensors: push(stored(tensors)), few, transport)
+    whole, tried = (stored(NamedTensors((), one.specs())) for one in (export, few))
     return PushPlan(len(whole.specs), whole.nbytes, transport, tuple(tried.specs), tried.nbytes, seconds)

@@ -1,4 +1,4 @@
-"""The policy's weights as one safetensors file with a checksum of each tensor, for engines to load."""
+"""Weights as a safetensors file with a checksum of each tensor, for engines to load."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ def size(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+def write(path: Path, tensors: Mapping[str, torch.Tensor], version: int) -> dict[str, str]:
     """Write the file.
 
     Args:
@@ -28,11 +28,15 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], version: int) -> None
         tensors: under their Hugging Face names.
         version: of the weights.
 
+    Returns:
+        The checksums.
+
     Raises:
         DataError: it cannot be written.
     """
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    sums = json.dumps({name: checksum(tensor) for name, tensor in tensors.items()})
-    with Writer(path, specs, {KEY: sums, VERSION: str(version)}) as file:
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    with Writer(path, specs, {KEY: json.dumps(sums), VERSION: str(version)}) as file:
         for name, tensor in tensors.items():
             file.put(name, tensor)
+    return sums

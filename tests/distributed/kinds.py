@@ -38,7 +38,7 @@ from megatron_r1.train.policy import Policy, TrainedModel
 from megatron_r1.train.preference_batch import batch as preference_batch
 from megatron_r1.train.reference import Reference
 from megatron_r1.train.scorer import Scorer
-from tests.distributed import data
+from tests.distributed import data, pushes
 
 STEPS = 5
 LONGEST = 128
@@ -217,6 +217,8 @@ KINDS = {
     "resume": resume,
     "build": build,
     "adapted": adapted,
+    "pushed": lambda part, seen: pushes.pushed(policy_of(part).model, part, seen),
+    "broken_push": lambda part, seen: pushes.broken(policy_of(part).model, part, seen),
 }
 
 

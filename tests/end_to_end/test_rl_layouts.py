@@ -1,8 +1,9 @@
 """Reinforcement learning with a learner of four processes: the engine gets the bytes that one process sends.
 
-The same run file is run by one process and by TP2 x PP2 and EP2 x DP2, each with a vLLM engine of its own. What an
-engine has received stands in its log, a checksum of all bytes of all tensors for each version of the weights; what it
-made of them is kept by a reward that looks at every sample.
+The same run file is run by one process and by TP2 x PP2, of which every rank writes a file of weights, and EP2 x DP2,
+whose first rank writes all, each with a vLLM engine of its own. What an engine has received stands in its log, a
+checksum of all bytes of all tensors for each version of the weights; what it made of them is kept by a reward that
+looks at every sample.
 """
 
 import json
@@ -27,9 +28,10 @@ from tests.end_to_end.runs import Command, rows
 
 LAYOUTS = {
     "one": [],
-    "tp2_pp2": ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.pipeline_layout=Et|ttmL"],
+    "tp2_pp2": ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.pipeline_layout=Et|ttmL",
+                "--rollout.transport=disk"],
     "ep2_dp2": ["--parallel.processes=4", "--parallel.expert=2"],
-}
+}  # fmt: skip
 SEVERAL = ["tp2_pp2", "ep2_dp2"]
 STEPS = 2
 BOUND = 1e-5

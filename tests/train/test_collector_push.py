@@ -42,6 +42,9 @@ class Exported:
     def specs(self) -> dict[str, Spec]:
         return {name: Spec(torch.float32, (2,)) for name in self.names}
 
+    def spread_out(self) -> "Exported":
+        return self
+
     def of_each_stage(self) -> "Exported":
         return Exported(NAMES[:1])
 

@@ -79,15 +79,15 @@ def expected(served: Path, trained: Trained) -> Mapping[str, torch.Tensor]:
 def test_in_memory_and_on_disk(
     trained: Trained, served: Path, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Also what a plan says, and that a copy of the folder with this file is a checkpoint of that policy."""
+    """Also what a plan says, and that the folder with this config.json is a checkpoint of that policy."""
     engine, convert = ReadingEngine(), Fp8Weights(served, trained.base)
     disk = DiskSync(engine, tmp_path / "sync")
     for sync in (SharedMemorySync(engine, tmp_path), disk):
         sync.push(convert(trained.tensors()), version=1)
         assert same(engine.updates[-1][2], expected)
     assert not same(tensors(served), expected)
-    shutil.copy(served / "config.json", disk.folder)
-    assert dequantised(disk.folder) == dequantised(served.with_name("expected"))
+    shutil.copy(served / "config.json", disk.folder / "weights-1")
+    assert dequantised(disk.folder / "weights-1") == dequantised(served.with_name("expected"))
 
 
 def dequantised(folder: Path) -> dict[str, list[list[float]]]:

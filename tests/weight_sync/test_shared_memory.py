@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_r1.errors import DataError, EngineError
 from megatron_r1.rollout.checksum import BLOCK, BLOCKS, Summed, checksum
-from megatron_r1.rollout.receiver import read, version_of
+from megatron_r1.rollout.weights_files import read, version_of
 from megatron_r1.types import Sample
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.shared_memory import SharedMemorySync
@@ -31,7 +31,9 @@ class ReadingEngine:
     def update_weights(self, path: Path, version: int) -> None:
         if self.refuse:
             raise EngineError("refused")
-        self.updates.append((path, version, {name: tensor.clone() for name, tensor in load_file(path).items()}))
+        files = path.glob("*.safetensors") if path.is_dir() else [path]
+        found = {name: tensor.clone() for file in files for name, tensor in load_file(file).items()}
+        self.updates.append((path, version, found))
 
     def close(self) -> None:
         pass

@@ -14,7 +14,7 @@ from megatron_r1.model.memory import Shape
 from megatron_r1.plan.engine_arguments import engine_of
 from megatron_r1.plan.hardware import Hardware
 from megatron_r1.plan.layouts import Finding
-from megatron_r1.plan.movement import Transfer, weight_sync, weights_file, within_gpu
+from megatron_r1.plan.movement import Transfer, through_memory, through_storage, weight_sync, within_gpu
 from megatron_r1.plan.rollout import Decoding, Engine, Lengths, cache_tokens, engine_weights
 from megatron_r1.plan.run_file import prompt_tokens
 from megatron_r1.plan.tensors import Counts
@@ -73,7 +73,9 @@ class Asked:
     """How often, where lengths change meanwhile."""
 
 
-def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, hardware: Hardware) -> FleetPlan:
+def plan_fleet(
+    shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, trainer: int, hardware: Hardware
+) -> FleetPlan:
     """That of a run.
 
     Args:
@@ -81,6 +83,7 @@ def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts
         run: its run file.
         options: lengths.
         counts: of the policy.
+        trainer: its GPUs.
         hardware: where.
     """
     section = run.rollout
@@ -88,7 +91,7 @@ def plan_fleet(shape: Shape, run: RLConfig, options: PlanSection, counts: Counts
     asked = Asked(run.questions * run.group_size, prompt_tokens(run), mean, options.spread, run.steps)
     made = fleet(shape, section, asked, counts, hardware)
     size = sent_bytes(shape, section.serves_fp8, counts)
-    return replace(made, sync=_sync(section, made.gpus // made.engines, size, hardware))
+    return replace(made, sync=_sync(section, trainer, made.gpus // made.engines, size, hardware))
 
 
 def sent_bytes(shape: Shape, in_fp8: bool, counts: Counts) -> float:
@@ -99,14 +102,19 @@ def sent_bytes(shape: Shape, in_fp8: bool, counts: Counts) -> float:
     return BFLOAT16 * ends + FP8 * (counts.main - ends)
 
 
-def _sync(section: RolloutSection, gpus: int, size: float, hardware: Hardware) -> Transfer:
-    """By the run's transport; engines of several nodes will be at addresses. `size`: bytes."""
+def _sync(section: RolloutSection, trainer: int, gpus: int, size: float, hardware: Hardware) -> Transfer:
+    """By the run's transport from the trainer's GPUs to each engine's; engines of several nodes will be at addresses.
+
+    `size`: bytes.
+    """
     transport, here = section.chosen_transport, section.on_this_machine and gpus <= hardware.gpus_per_node
     if transport == "nccl":
         return weight_sync(size, hardware)
     if transport == "ipc":
         return within_gpu(size, hardware)
-    return weights_file(size, gpus, transport == "shared_memory" and here, hardware)
+    if transport == "shared_memory" and here:
+        return through_memory(size, hardware)
+    return through_storage(size, trainer, gpus, hardware)
 
 
 def fleet(shape: Shape, section: RolloutSection, asked: Asked, counts: Counts, hardware: Hardware) -> FleetPlan:

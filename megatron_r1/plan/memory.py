@@ -187,9 +187,13 @@ class MemoryPlan:
         )
 
     def _sent(self, states: States, stage: int, first: bool) -> float:
-        """Tensors on their way to engines: the first rank puts whole ones together, the others send their parts."""
+        """Tensors on their way to engines: parts, and whole ones where they are put together.
+
+        That is the first rank, but by "disk" every rank that holds parts which tensor parallelism has cut.
+        """
         largest = max(one.numbers for one in states.held(stage)) * self._shape.config.params_dtype.itemsize
-        if not first:
+        collects = self._parallel.tensor > 1 if self._setting.transport == "disk" else first
+        if not collects:
             return largest
         whole = largest * self._parallel.tensor
         return 2 * whole + packed(self._setting.transport, self._setting.transfer_buffer, whole)

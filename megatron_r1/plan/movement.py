@@ -39,21 +39,25 @@ _FILES = 2
 """In shared memory, which take turns (weight_sync/shared_memory.py)."""
 
 
-def weights_file(size: float, engine_gpus: int, shared: bool, hardware: Hardware) -> Transfer:
-    """The same through a file that the first rank writes and the engines read.
+def through_memory(size: float, hardware: Hardware) -> Transfer:
+    """The same through files in the first node's shared memory, which the first rank writes; `size`: bytes."""
+    seconds = 2 * size / hardware.host_link
+    return Transfer(size, seconds, "into shared memory, from there to the engines", _FILES * size)
+
+
+def through_storage(size: float, ranks: int, engine_gpus: int, hardware: Hardware) -> Transfer:
+    """The same through files on storage, of which each rank of the trainer writes its share.
 
     Args:
         size: bytes of the model as it is sent.
+        ranks: of the trainer.
         engine_gpus: of an engine, whose nodes read their shares.
-        shared: in shared memory; else on storage.
         hardware: where.
     """
-    copied = size / hardware.host_link
-    if shared:
-        return Transfer(size, 2 * copied, "into shared memory, from there to the engines", _FILES * size)
-    nodes = max(1.0, engine_gpus / hardware.gpus_per_node)
-    seconds = copied + size / hardware.storage * (1 + 1 / nodes)
-    return Transfer(size, seconds, f"to storage by the first node, from there by an engine's {nodes:g}", size)
+    writing, reading = (max(1.0, gpus / hardware.gpus_per_node) for gpus in (ranks, engine_gpus))
+    seconds = size / ranks / hardware.host_link + size / hardware.storage * (1 / writing + 1 / reading)
+    how = f"to storage by the trainer's {writing:g} nodes, from there by an engine's {reading:g}"
+    return Transfer(size, seconds, how, size / writing)
 
 
 def checkpoint(parameters: float, state: float, nodes: int, hardware: Hardware) -> Transfer:

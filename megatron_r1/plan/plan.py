@@ -139,7 +139,7 @@ def plan(
     findings = [*too_long(hf, longest(run)), *illegal(shape, hf, run.parallel, gpus), *_unservable(run, stored)]
     findings += [*_refused(run, hf), *uneven(run.parallel, gpus, load)]
     own = _Trained() if any(finding.kind == "illegal" for finding in findings) else _trained(over, shape)
-    fleet, served = _fleet(shape, run, options, counts, own, hardware) if isinstance(run, RLConfig) else (None, 0)
+    fleet, served = _fleet(shape, run, options, counts, gpus, own, hardware) if isinstance(run, RLConfig) else (None, 0)
     own.findings += _host_full(own.host, hardware)
     length = round(load.attended or load.length)
     return Plan(
@@ -203,10 +203,10 @@ def _trained(of: Searched, shape: Shape) -> _Trained:
 
 
 def _fleet(
-    shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, own: _Trained, hardware: Hardware
+    shape: Shape, run: RLConfig, options: PlanSection, counts: Counts, gpus: int, own: _Trained, hardware: Hardware
 ) -> tuple[FleetPlan, int]:
     """The fleet and the GPUs of reward models; what they need of the trainer, and what is wrong, goes to `own`."""
-    made = plan_fleet(shape, run, options, counts, hardware)
+    made = plan_fleet(shape, run, options, counts, gpus, hardware)
     served, wrong = plan_servers(shape, list(run.reward_models.values()), counts, hardware)
     own.host |= {"weights for the engines": made.sync.host} if made.sync.host else {}
     own.findings += made.findings + wrong

@@ -292,34 +292,51 @@ def test_an_actor_in_fp8_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
     assert f"`megatron-r1 cast {tmp_path} FOLDER`" in finding["text"]
 
 
-def test_weights_through_a_file_are_on_the_first_nodes_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_weights_through_files_are_on_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In shared memory twice, on the first node; on their way to storage each node has its share of them."""
     small = tmp_path / "run.toml"
     small.write_text(TINY_RL)
-    shared, disk = (
-        planned(capsys, [f"--rollout.transport={name}"], run_file=small, gpus=1) for name in ("shared_memory", "disk")
-    )
-    assert shared["host"]["weights for the engines"] == 2 * disk["host"]["weights for the engines"]
-    assert disk["rollout"]["sync"]["seconds"] > shared["rollout"]["sync"]["seconds"]
+
+    def sync(transport: str, gpus: int) -> tuple[float, dict[str, float]]:
+        made = planned(capsys, [f"--rollout.transport={transport}"], run_file=small, gpus=gpus)
+        assert made["host"]["weights for the engines"] == made["rollout"]["sync"]["host"]
+        return made["host"]["weights for the engines"], made["rollout"]["sync"]
+
+    size = sync("disk", 1)[1]["bytes"]
+    assert [sync("shared_memory", gpus)[0] for gpus in (1, 16)] == [2 * size] * 2
+    assert [sync("disk", gpus)[0] for gpus in (1, 8, 16, 32)] == [size, size, size / 2, size / 4]
+    for gpus in (8, 32):
+        link, storage = size / gpus / H100.host_link, size / H100.storage
+        assert sync("disk", gpus)[1]["seconds"] == pytest.approx(link + storage * (8 / gpus + 1))
 
 
 def test_what_weights_are_packed_in_counts_at_sync(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """On the first rank alone, which NCCL has in one more group; a buffer of CUDA IPC grows to a larger tensor."""
+    """On the first rank alone, which NCCL has in one more group; a buffer of CUDA IPC grows to a larger tensor.
+
+    By "disk" whole tensors are put together where parts are: with tensor parallelism on all ranks, else on none.
+    """
     small = tmp_path / "run.toml"
     small.write_text(TINY_RL)
     gib = 2**30
 
-    def peaks(transport: str, buffer: float) -> list[float]:
+    def peaks(transport: str, buffer: float, *layout: str, gpus: int = 3) -> list[float]:
         own = [f"--rollout.transport={transport}", f"--rollout.transfer_buffer_gib={buffer}"]
-        found = planned(capsys, [*own, "--parallel.pipeline=3"], run_file=small, gpus=3)
+        found = planned(capsys, [*own, *(layout or ["--parallel.pipeline=3"])], run_file=small, gpus=gpus)
         return [rank["peaks"]["sync"] for rank in found["memory"]]
 
-    file, nccl, ipc, tiny = peaks("disk", 2.0), peaks("nccl", 2.0), peaks("ipc", 2.0), peaks("ipc", 1e-9)
+    file, nccl, ipc, tiny = peaks("shared_memory", 2.0), peaks("nccl", 2.0), peaks("ipc", 2.0), peaks("ipc", 1e-9)
     assert len(file) == 3
     assert file[1:] == nccl[1:] == ipc[1:]
     kept = 1 + H100.lost
     largest = 400 * 64 * 2  # the embedding of r1_tiny in bfloat16
     assert (nccl[0] - file[0] - H100.communicator) / kept == pytest.approx(3 * (2 * gib + largest))
     assert (ipc[0] - tiny[0]) / kept == pytest.approx(2 * gib - largest)
+    disk = peaks("disk", 2.0)
+    assert disk[1:] == file[1:]
+    assert (file[0] - disk[0]) / kept == pytest.approx(largest)
+    cut = ["--parallel.tensor=2", "--parallel.pipeline=3"]
+    assert peaks("disk", 2.0, *cut, gpus=6)[0] == peaks("shared_memory", 2.0, *cut, gpus=6)[0]
+    assert peaks("disk", 2.0, *cut, gpus=6)[2] > peaks("shared_memory", 2.0, *cut, gpus=6)[2]
 
 
 def test_what_vllm_packs_tensors_in_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,8 +230,8 @@ class RolloutSection(Section):
     is dropped) from the last sample of a step until they get new weights."""
     transport: Literal["auto", "nccl", "ipc", "shared_memory", "disk"] = "auto"
     """How weights reach the engines: from GPU to GPU in one NCCL group; by CUDA IPC, within the first rank's GPU;
-    through files in shared memory, for engines of this machine; through files in `<output>/sync`, for a file system
-    that all engines see. What auto chooses: docs/fleet.md."""
+    through files in shared memory, for engines of this machine; through files in `<output>/sync`, which every rank
+    writes its share of, for a file system that all nodes and engines see. What auto chooses: docs/fleet.md."""
     transfer_timeout: PositiveFloat = 600.0
     """Seconds one transfer of weights may take."""
     transfer_retries: NonNegativeInt = 1

@@ -37,7 +37,7 @@ from megatron_r1.weight_sync.transport import as_it_is, join_sync, open_sync, pr
 
 T = TypeVar("T")
 SYNC_FOLDER = "sync"
-"""Of the output: what weights go through that go through files."""
+"""In the output: files by which weights reach the engines."""
 
 
 class Collector:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.config.sections import RolloutSection
 from megatron_r1.errors import ConfigError
@@ -106,6 +107,8 @@ class PushPlan:
     """Tensors that were sent before the first push."""
     tried_bytes: int
     tried_seconds: float
+    ranks: int = 1
+    """That send."""
 
     @property
     def seconds(self) -> float:
@@ -113,8 +116,9 @@ class PushPlan:
         return self.tried_seconds * max(1.0, self.bytes / self.tried_bytes)
 
     def __str__(self) -> str:
+        senders = f" from {self.ranks} ranks" if self.ranks > 1 else ""
         return (
-            f"weights reach the engines by {self.transport}: {self.tensors:,} tensors, {self.bytes / MIB:,.1f} MiB a "
+            f"weights reach the engines by {self.transport}{senders}: {self.tensors:,} tensors, {self.bytes / MIB:,.1f} MiB a "
             f"push, at most about {self.seconds:.2g} s ({len(self.tried)} of them, from every pipeline stage, "
             f"{self.tried_bytes / MIB:,.2f} MiB, took {self.tried_seconds:.2g} s)"
         )
@@ -177,4 +181,5 @@ def preflight(
     for _ in range(2):
         seconds = send(lambda tensors: push(stored(tensors)), few, transport)
     whole, tried = (stored(NamedTensors((), one.specs())) for one in (export, few))
-    return PushPlan(len(whole.specs), whole.nbytes, transport, tuple(tried.specs), tried.nbytes, seconds)
+    ranks = dist.get_world_size() if transport in SPREAD else 1
+    return PushPlan(len(whole.specs), whole.nbytes, transport, tuple(tried.specs), tried.nbytes, seconds, ranks)

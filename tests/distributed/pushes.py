@@ -51,7 +51,14 @@ def pushed(model: BuiltModel, part: dict[str, Any], seen: dict[str, Any]) -> dic
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     files = engine.loaded.get(1, {})
-    seen |= {"ranks": ranks, "names": names, "wholes": wholes, "tried": plan.tried, "bytes": plan.bytes}
+    seen |= {
+        "ranks": ranks,
+        "names": names,
+        "wholes": wholes,
+        "tried": plan.tried,
+        "bytes": plan.bytes,
+        "plan": str(plan),
+    }
     seen["files"] = {file: list(tensors) for file, tensors in files.items()}
     seen["few"] = sorted(name for tensors in engine.loaded.get(PREFLIGHT, {}).values() for name in tensors)
     return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}

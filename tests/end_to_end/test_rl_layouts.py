@@ -33,6 +33,8 @@ LAYOUTS = {
     "ep2_dp2": ["--parallel.processes=4", "--parallel.expert=2"],
 }  # fmt: skip
 SEVERAL = ["tp2_pp2", "ep2_dp2"]
+WRITTEN = {"tp2_pp2": [f"rank-{rank:05d}.safetensors" for rank in range(4)], "ep2_dp2": []}
+"""Files that stand on disk when the run has ended."""
 STEPS = 2
 BOUND = 1e-5
 """Largest relative difference from one process once sums are taken in another order (tests/distributed/layouts.py)."""
@@ -115,6 +117,8 @@ def test_the_engine_receives_the_same_bytes(run: Callable[[str], Run], layout: s
     assert found.keys() == alone.keys() == {0, 1, 2}
     assert found[0] == alone[0]
     assert len(set(found.values())) == 3
+    files = [file.name for file in (run(layout).output / "sync").glob("weights-2/*.safetensors")]
+    assert sorted(files) == WRITTEN[layout]
     weights = run("one").weights().values()
     assert found[0][0] == len(weights)
     assert max(tensor.nbytes for tensor in weights) <= BLOCK * BLOCKS, "the checksum is one of every byte"

@@ -128,7 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/resume":
             self.engine.cut.clear()
         if path == "/update_weights":
-            self.engine.weights = int(Path(body["update_info"]["path"]).read_text())
+            file = Path(body["update_info"]["path"])
+            self.engine.weights = int((file / "weights" if file.is_dir() else file).read_text())
             with self.engine.asked.with_suffix(".loaded").open("a") as file:
                 file.write(f"{self.engine.weights}\n")
         if path == "/finish_weight_update":

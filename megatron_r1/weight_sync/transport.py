@@ -118,9 +118,9 @@ class PushPlan:
     def __str__(self) -> str:
         senders = f" from {self.ranks} ranks" if self.ranks > 1 else ""
         return (
-            f"weights reach the engines by {self.transport}{senders}: {self.tensors:,} tensors, {self.bytes / MIB:,.1f} MiB a "
-            f"push, at most about {self.seconds:.2g} s ({len(self.tried)} of them, from every pipeline stage, "
-            f"{self.tried_bytes / MIB:,.2f} MiB, took {self.tried_seconds:.2g} s)"
+            f"weights reach the engines by {self.transport}{senders}: {self.tensors:,} tensors, "
+            f"{self.bytes / MIB:,.1f} MiB a push, at most about {self.seconds:.2g} s ({len(self.tried)} of them, from "
+            f"every pipeline stage, {self.tried_bytes / MIB:,.2f} MiB, took {self.tried_seconds:.2g} s)"
         )
 
 

@@ -61,8 +61,7 @@ class Collector:
 
     def __enter__(self) -> Self:
         with self._report.phase("start"):
-            self._stored = from_first_rank(self._open)
-        if not is_first_rank():
+            from_first_rank(self._open)
             self._join()
         return self
 
@@ -156,11 +155,11 @@ class Collector:
         named = {f"fleet_{what}" + (f"/{engine}" if engine else ""): value for (engine, _, what), value in parts}
         return {"fleet_idle": self._fleet.idle(), **named}
 
-    def _open(self) -> Callable[[NamedTensors], NamedTensors]:
-        """On the first rank. What engines are sent."""
-        config, fp8 = self._config, self._config.rollout.fp8_path
+    def _open(self) -> None:
+        config = self._config
         with self._interruptions.at_once(), self._stack:
-            stored = Fp8Weights(fp8, config.model.path) if fp8 else as_it_is
+            if config.rollout.fp8_path:
+                self._stored = Fp8Weights(config.rollout.fp8_path, config.model.path)
             self._stack.enter_context(Scorers(config.reward_models, config.output))
             self._judge = self._stack.enter_context(
                 Judge(
@@ -175,11 +174,11 @@ class Collector:
             self._sync = open_sync(config.rollout, self._fleet, config.output / SYNC_FOLDER)
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
-        return stored
 
     def _join(self) -> None:
-        """On the other ranks."""
-        if sync := join_sync(self._config.rollout, self._config.output / SYNC_FOLDER):
+        """What the other ranks need for a push."""
+        self._stored = from_first_rank(lambda: self._stored)
+        if not is_first_rank() and (sync := join_sync(self._config.rollout, self._config.output / SYNC_FOLDER)):
             self._sync = sync
 
     def _try(self, export: Export) -> None:

@@ -45,7 +45,8 @@ class DiskSync:
 
     def __init__(self, engine: Engine | None, folder: Path) -> None:
         self.engine, self.folder = engine, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        if engine:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def push(self, tensors: NamedTensors, version: int) -> float:
         """All ranks call it together, each with its own tensors; an error of one is raised on all."""

@@ -4,6 +4,7 @@ import math
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_r1.weight_sync.disk import DiskSync
 from megatron_r1.weight_sync.fp8_weights import Fp8Weights
 from megatron_r1.weight_sync.named_tensors import NamedTensors
 from megatron_r1.weight_sync.transport import as_it_is, preflight, send
+from tests.convert.invented import same
 
 SMALL = 10_000
 """Bytes of a file, fewer than a rank's share."""
@@ -44,6 +46,7 @@ def pushed(model: BuiltModel, part: dict[str, Any], seen: dict[str, Any]) -> dic
     plan = preflight(lambda tensors: sync.push(tensors, PREFLIGHT), export, "disk", stored)
     with received() as messages:
         send(lambda tensors: sync.push(stored(tensors), 1), export, "disk")
+    seen["agreeing"] = agreeing(model, sync, engine)
     held = {share.name: share.tensor.numel() for share in shares(model.chunks)}
     names = {name: rule.megatron for rule in model.map.rules for name in (*rule.hf, *rule.copies)}
     wholes = {name: math.prod(parts[0].shape) for name, parts in (model.map._senders or {}).items()}
@@ -62,6 +65,18 @@ def pushed(model: BuiltModel, part: dict[str, Any], seen: dict[str, Any]) -> dic
     seen["files"] = {file: list(tensors) for file, tensors in files.items()}
     seen["few"] = sorted(name for tensors in engine.loaded.get(PREFLIGHT, {}).values() for name in tensors)
     return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+
+
+def agreeing(model: BuiltModel, sync: DiskSync, engine: Keeping) -> list[bool]:
+    """Whether the first rank collects what all have written, by turns: in the model's dtype both give views of it."""
+    export, found = model.export(torch.float32), []
+    for version in (2, 3):
+        send(partial(sync.push, version=version), export, "disk")
+        alone = dict(export)
+        files = engine.loaded.get(version, {}).values()
+        together = {name: one for each in files for name, one in each.items()}
+        found.append(same(together, alone) and sum(map(len, files)) == len(alone))
+    return found
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def test_every_rank_writes_of_what_it_holds(launcher: Launcher, layout: str, tmp
     assert same(found.weights, source | copies)
     files, ranks, names = (found.seen[key] for key in ("files", "ranks", "names"))
     assert sum(map(len, files.values())) == len(found.weights)
+    assert found.seen["agreeing"] == [True, True]
     assert set(found.seen["few"]) == set(found.seen["tried"]) != set()
     assert found.seen["plan"].startswith(f"weights reach the engines by disk from {len(ranks)} ranks: ")
     assert sorted(files) == [f"rank-{number:05d}" for number in range(len(ranks))], "every rank has written"

@@ -1,5 +1,6 @@
 """Questions -> scored groups. The engine and the judge live on the first rank; every rank gets the groups."""
 
+import gc
 import math
 import time
 from bisect import bisect_left
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.config.reward_model_server import located
 from megatron_r1.config.runs import RLConfig
@@ -77,6 +79,8 @@ class Collector:
             TransferError: they have not arrived, `transfer_retries` times again.
         """
         with self._report.phase("sync"):
+            if self._config.rollout.shares_gpus:
+                self._make_room()
             for attempt in count():
                 try:
                     self._try(export)
@@ -174,6 +178,13 @@ class Collector:
             self._sync = open_sync(config.rollout, self._fleet, config.output / SYNC_FOLDER)
             self._stack.callback(self._sync.close)
             self._stack = self._stack.pop_all()
+
+    @staticmethod
+    def _make_room() -> None:
+        """Give back what an update has left reserved: engines that wake have to get their share of the GPU again."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        dist.barrier()  # the first rank wakes all of them
 
     def _join(self) -> None:
         """What the other ranks need for a push."""

@@ -108,8 +108,9 @@ def _one_rank() -> None:
     initialize(ParallelSection(), seed=0)
 
 
-def run(retries: int) -> RLConfig:
-    return config(rollout={"max_model_len": 64, "max_tokens": 32, "transport": "disk", "transfer_retries": retries})
+def run(retries: int, sleep: bool = False) -> RLConfig:
+    rollout = {"max_model_len": 64, "max_tokens": 32, "transport": "disk", "transfer_retries": retries, "sleep": sleep}
+    return config(rollout=rollout)
 
 
 def export(made: Exported) -> Export:
@@ -145,3 +146,20 @@ def test_engines_without_weights_are_filled_and_asked_again() -> None:
     assert [group.question for group in collector.collect([question], n=1, seed=0)] == [question]
     assert collector.sync.pushed[2:] == [(7, NAMES)] * 3
     assert len([message for message in collector.said.messages if "weights 7 are sent again" in message]) == 2
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_engines_sleep_while_the_learner_trains_and_have_room_when_they_wake(
+    monkeypatch: pytest.MonkeyPatch, sleep: bool
+) -> None:
+    """What the learner has reserved and does not use goes back to the GPU before a push, which wakes them."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("room"))
+    collector = Pushing(run(retries=0, sleep=sleep))
+    collector._fleet = cast(Fleet, SimpleNamespace(updated=0.0, sleep=lambda: happened.append("asleep")))
+    push = collector.sync.push
+    monkeypatch.setattr(collector.sync, "push", lambda *given: [happened.append("push"), push(*given)][1])
+    collector.push(export(Exported()), version=0)
+    collector.rest()
+    pushes = ["push"] * 3  # two of them ahead
+    assert happened == (["room", *pushes, "asleep"] if sleep else pushes)

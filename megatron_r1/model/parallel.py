@@ -179,7 +179,7 @@ def from_first_rank(produce: Callable[[], T]) -> T:
 def from_every_rank(produce: Callable[[], T]) -> list[T]:
     """What `produce` returns on each rank, in their order, on every rank.
 
-    An error is raised on all when all have ended, of several the lowest rank's.
+    An error is raised on all when all have ended, of several the lowest rank's. They wait as in `from_first_rank`.
     """
     if dist.get_world_size() == 1:
         return [produce()]
@@ -189,7 +189,7 @@ def from_every_rank(produce: Callable[[], T]) -> list[T]:
     except Exception as error:
         mine = (None, error)
     of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
+    dist.all_gather_object(of_ranks, mine, group=_HOSTS[0] if _HOSTS else None)
     for _, raised in of_ranks:
         if raised is not None:
             raise raised

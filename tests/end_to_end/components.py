@@ -18,10 +18,19 @@ class Digits(Reward):
 
 
 class Held(Grpo):
-    """GRPO that waits before a gradient for as long as a file exists."""
+    """GRPO that waits before a gradient for as long as a file exists, and may write down what it is given."""
 
     class Config(Grpo.Config):
         file: Path
+        counted: Path | None = None
+        """Gets a line for each minibatch: its samples."""
+
+    def token_weights(self, lengths: list[int]) -> list[float]:
+        assert isinstance(self.config, Held.Config)
+        if self.config.counted:
+            with self.config.counted.open("a") as counted:
+                counted.write(f"{len(lengths)}\n")
+        return super().token_weights(lengths)
 
     def __call__(self, logprobs: Any, inputs: LossInputs) -> tuple[Any, Metrics]:
         assert isinstance(self.config, Held.Config)

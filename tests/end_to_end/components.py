@@ -18,25 +18,39 @@ class Digits(Reward):
 
 
 class Held(Grpo):
-    """GRPO that waits before a gradient for as long as a file exists, and may write down what it is given."""
+    """GRPO that waits before a gradient for as long as a file exists; as many minibatches as it says may pass.
+
+    It also writes down, where a file is named for it, how many samples it is given.
+    """
 
     class Config(Grpo.Config):
         file: Path
+        """Empty = no minibatch may pass."""
         counted: Path | None = None
         """Gets a line for each minibatch: its samples."""
 
+    _given = 0
+    """Minibatches, since the process was started."""
+
     def token_weights(self, lengths: list[int]) -> list[float]:
         assert isinstance(self.config, Held.Config)
+        self._given += 1
         if self.config.counted:
             with self.config.counted.open("a") as counted:
                 counted.write(f"{len(lengths)}\n")
         return super().token_weights(lengths)
 
     def __call__(self, logprobs: Any, inputs: LossInputs) -> tuple[Any, Metrics]:
-        assert isinstance(self.config, Held.Config)
-        while self.config.file.exists():
+        while self._held():
             time.sleep(0.02)
         return super().__call__(logprobs, inputs)
+
+    def _held(self) -> bool:
+        assert isinstance(self.config, Held.Config)
+        try:
+            return self._given > int(self.config.file.read_text() or 0)
+        except FileNotFoundError:
+            return False
 
 
 class Announced(Grpo):

@@ -1,8 +1,10 @@
 """The HTTP side of one vLLM server: health and weight updates; every call has a deadline."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from megatron_r1.report.spans import span
 from megatron_r1.rollout.server import EngineLostError, RemoteServer, Server
 
 HEALTH_SECONDS = 5.0
+WATCH_SECONDS = 5.0
+"""Between two looks at a server that has a call to answer."""
 KEEPALIVE_SECONDS = 1.0
 """For which an idle connection is kept. Servers close one after 5 s, just when the next look at their health comes."""
 CONTROL_SECONDS = 60.0
@@ -177,7 +181,7 @@ class Client:
 
     def _call(self, method: str, path: str, timeout: float, **request: Any) -> dict[str, Any]:
         with self._failures(path, timeout), span(SPANS.get(path, "")):
-            response = self._http.request(method, path, timeout=timeout, **request)
+            response = self._answer(method, path, timeout, **request)
         if response.status_code != httpx.codes.OK:
             raise self._refused(path, response.status_code, response.text)
         try:
@@ -186,6 +190,26 @@ class Client:
             said = self.server.failure(f"answered {path} with what is no JSON: {response.text[:200]}")
             raise EngineLostError(said) from error
         return answer if isinstance(answer, dict) else {}
+
+    def _answer(self, method: str, path: str, timeout: float, **request: Any) -> httpx.Response:
+        """A server of vLLM's never answers a call in which its core dies, so it is looked after meanwhile.
+
+        Raises:
+            httpx.TransportError: there is no answer, or will be none.
+        """
+        answer: Future[httpx.Response] = Future()
+
+        def call() -> None:
+            try:
+                answer.set_result(self._http.request(method, path, timeout=timeout, **request))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=call, name=f"call {path}", daemon=True).start()
+        while not wait([answer], WATCH_SECONDS).done:
+            if self.lost() and not answer.done():
+                raise httpx.ReadError("its core is dead, or it does not listen any more")
+        return answer.result()
 
     @contextmanager
     def _failures(self, path: str, timeout: float) -> Iterator[None]:

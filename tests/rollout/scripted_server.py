@@ -68,6 +68,8 @@ class Engine:
         self.hold = folder / f"{port}.hold"
         self.weights, self.version = 0, "0"
         self.hung = threading.Event()
+        self.coreless = False
+        """Its core has died, so it is not healthy; calls that the core had stay open."""
         self.cut = threading.Event()
         """All responses end where they are."""
         self.asleep = False
@@ -101,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.engine.hung.is_set():
             time.sleep(600)
         if path == "/health":
-            self.answer(200, {})
+            self.answer(503 if self.engine.coreless else 200, {})
         elif self.allowed():
             self.answer(200, {"weight_version": self.engine.version})
 
@@ -171,6 +173,9 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(1)
         if kind == "hang":
             self.engine.hung.set()
+            time.sleep(600)
+        if kind == "core_dies":
+            self.engine.coreless = True
             time.sleep(600)
         if kind == "wait":  # until somebody takes the file away
             here = self.engine.asked.with_suffix(".waits")

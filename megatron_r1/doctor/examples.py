@@ -40,6 +40,18 @@ def verdicts(machine: Machine, gpus: Gpus, findings: list[Finding]) -> list[Verd
     return [_verdict(row, machine, gpus, broken, engine) for row in table()]
 
 
+def of_file(path: Path, machine: Machine, gpus: Gpus) -> list[Finding]:
+    """What the table says of an example that is for GPUs, if the file is one."""
+    root = Path(__file__).resolve().parents[2]
+    for row in table():
+        named = [(root / word).resolve() for word in row["command"].split() if word.endswith(".toml")]
+        if row["needs"].get("gpus") and path.resolve() in named:
+            found = _verdict(row, machine, gpus, [], engine=True)
+            text = found.why or f"{row['needs']['gpus']:,} GPUs"
+            return [Finding("run file", "example", "ok" if found.runs else "bad", text, f"it needs: {row['from']}")]
+    return []
+
+
 def _verdict(row: dict[str, Any], machine: Machine, gpus: Gpus, broken: list[str], engine: bool) -> Verdict:
     needs = row["needs"]
     memory = min((gpu.memory for gpu in gpus.all), default=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.doctor import demand as asked
 from megatron_r1.doctor import gpus as graphics
 from megatron_r1.doctor import machine as computer
-from megatron_r1.doctor.examples import Verdict, verdicts
+from megatron_r1.doctor.examples import Verdict, of_file, verdicts
 from megatron_r1.doctor.finding import Finding, required
 from megatron_r1.doctor.versions import importable
 
@@ -33,7 +33,11 @@ def run(run_file: Path | None, quick: bool, as_json: bool) -> int:
         *graphics.findings(gpus, quick),
     ]
     if run_file and wanted:
-        findings = [*required(findings, wanted.serves), *asked.findings(run_file, wanted, machine, gpus)]
+        findings = [
+            *required(findings, wanted.serves),
+            *of_file(run_file, machine, gpus),
+            *asked.findings(run_file, wanted, machine, gpus),
+        ]
     examples = [] if run_file else verdicts(machine, gpus, findings)
     bad = [finding for finding in findings if finding.state == "bad"]
     if as_json:

@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import BaseModel, RootModel
 
 from megatron_r1.config.load import load, validate
+from megatron_r1.config.overlay import merge
 from megatron_r1.config.plan import PlanSection
 from megatron_r1.config.recipe import EvaluationSuite, OpenSection, RecipeConfig, Tree
 from megatron_r1.errors import ConfigError, UserError, nearest
 from megatron_r1.recipe.outside import outside_files
 from megatron_r1.recipe.plan import Plan, Stage, Verb, evaluation_stage, make_plan
-from megatron_r1.recipe.tree import generalize, merge, reference, resolve, texts
+from megatron_r1.recipe.tree import generalize, reference, resolve, texts
 
 FOLDERS = ("logs", "superseded")
 """Names below the output folder that are not stages."""

@@ -1,28 +1,12 @@
-"""Tables of run files: one laid over another, and the "@stage/rest" in them that name results of other stages."""
+"""The "@stage/rest" in tables of run files that name results of other stages."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_r1.config.recipe import Tree
 from megatron_r1.errors import ConfigError
 
 MARK = "@"
-
-
-def merge(under: Tree, over: Tree) -> Tree:
-    """`over` laid over `under`: tables are merged key by key, everything else is replaced.
-
-    A table whose `type` becomes another one is replaced as a whole: the keys of one component mean nothing to another.
-    """
-    merged = dict(under)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type"):
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = value
-    return merged
 
 
 def texts(tree: Any) -> Iterator[str]:

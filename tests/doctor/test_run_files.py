@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.cli import CHECKPOINT_VERBS, VERBS
 from megatron_r1.config.sections import ParallelSection
-from megatron_r1.doctor import demand, examples
+from megatron_r1.doctor import demand, examples, gpus
 from megatron_r1.doctor.finding import Finding, required
 from megatron_r1.doctor.gpus import Gpu, Gpus
 from megatron_r1.doctor.machine import Machine
@@ -50,7 +50,8 @@ def test_processes_are_counted_as_a_run_counts_them() -> None:
 def test_kernels_ask_for_packages(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
-        '[model]\npath = "x"\n[model.kernels]\nlayers = "transformer_engine"\ndispatcher = "deepep"\n'
+        f'[model]\npath = "{ROOT}/examples/r1_tiny/model"\n[model.kernels]\n'
+        'layers = "transformer_engine"\ndispatcher = "deepep"\n'
         "gradient_accumulation_fusion = true\n"
     )
     assert demand.read(file).serves == {"transformer_engine", "gpu", "deep_ep", "apex"}
@@ -108,9 +109,93 @@ def test_memory_is_the_planners(tmp_path: Path) -> None:
 def test_a_layout_for_more_gpus_than_there_are() -> None:
     path = ROOT / "examples/deepseek_v3/pretrain.toml"
     asked = replace(demand.read(path), planned=False)
-    (found,) = demand.findings(path, asked, LAPTOP, NODE)
+    found, _ = demand.findings(path, asked, LAPTOP, NODE)  # of processes, and of models
     assert found.state == "bad"
     assert f"on {asked.total // 8} such nodes" in found.fix
+
+
+EXAMPLES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.toml")}
+LARGE = {
+    "examples/distillation/recipe.toml": {"processes"},
+    "examples/r1_zero/qwen2_5_7b.toml": {"GPUs", "example"},
+    "examples/r1_zero/qwen3_30b_a3b.toml": {"processes", "example"},
+    "examples/r1_zero/moonlight_16b_a3b.toml": {"processes", "example"},
+    "examples/deepseek_v3/pretrain.toml": {"GPUs", "processes", "example"},
+    "examples/deepseek_v3/extend_32k.toml": {"processes"},
+    "examples/deepseek_v3/extend_128k.toml": {"processes"},
+    "examples/r1_671b/recipe.toml": {"GPUs", "processes", "example"},
+    "examples/r1_671b/gpus_256.toml": {"GPUs", "processes"},
+    "examples/r1_671b/gpus_1024.toml": {"GPUs", "processes"},
+}
+"""Examples for clusters -> what a laptop lacks for them, besides packages and the models."""
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES | LARGE.keys()))
+def test_examples_on_a_laptop(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First without the models that it names, then with them; memory is the planner's."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    wanted = replace(demand.read(Path(file)), planned=False)
+
+    def bad() -> set[str]:
+        found = required(gpus.findings(NONE, quick=True), wanted.serves)
+        found += [*examples.of_file(Path(file), LAPTOP, NONE), *demand.findings(Path(file), wanted, LAPTOP, NONE)]
+        return {one.name for one in found if one.state == "bad"}
+
+    absent = [Path(model) for model in wanted.models if not Path(model).exists()]
+    large = LARGE.get(file, set())
+    assert bad() == large | ({"models"} if absent else set())
+    for model in absent:
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    assert bad() == large
+
+
+def test_a_node_for_engines_that_have_their_own_gpus() -> None:
+    path = ROOT / "examples/r1_zero/qwen2_5_7b.toml"
+    asked = replace(demand.read(path), planned=False)
+    half = Gpus(NODE.all[:4])
+    for here, state in ((NODE, "ok"), (half, "bad")):
+        assert {one.name: one.state for one in demand.findings(path, asked, LAPTOP, here)}["GPUs of engines"] == state
+        assert [one.state for one in examples.of_file(path, LAPTOP, here)] == [state]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "serves"),
+    [
+        ("first_gpu = 0", {"engine", "gpu"}),
+        ("sleep = true", {"engine", "gpu"}),
+        ("sleep = false", {"engine"}),
+        ('transport = "nccl"', {"engine", "gpu"}),
+        ('transport = "ipc"', {"engine", "gpu"}),
+        ('transport = "disk"', {"engine"}),
+    ],
+)
+def test_settings_of_engines_that_need_gpus(rollout: str, serves: set[str], tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(f"[rollout]\n{rollout}\n")
+    assert demand.read(tmp_path / "run.toml").serves == serves
+
+
+def test_a_recipe_is_put_together_as_it_is_run(tmp_path: Path) -> None:
+    """Fragments under stages, and a recipe over the one that it extends."""
+    (tmp_path / "recipe.toml").write_text(
+        "[common.wide.parallel]\nprocesses = 8\n[common.unused.model]\npath = 'none'\n"
+        "[stages.one]\nuse = ['wide']\nparallel = { nodes = 4 }\nmodel = { path = '@zero/hf' }\n"
+    )
+    assert (demand.read(tmp_path / "recipe.toml").total, demand.read(tmp_path / "recipe.toml").models) == (32, set())
+    (tmp_path / "more.toml").write_text("extends = 'recipe.toml'\n[common.wide.parallel]\nprocesses = 2\n")
+    assert demand.read(tmp_path / "more.toml").total == 8
+
+
+def test_a_run_file_that_no_plan_can_be_made_of(tmp_path: Path) -> None:
+    """Neither is a run started from it: a key is wrong, or the layout."""
+    path = tmp_path / "run.toml"
+    text = (ROOT / "examples/r1_tiny/pretrain.toml").read_text()
+    text = text.replace('"examples/', f'"{ROOT}/examples/')
+    for wrong, said in (("stepz = 3\n" + text, "stepz"), (text.replace("[parallel]", "[parallel]\nexpert = 7"), "7")):
+        path.write_text(wrong)
+        found = {one.name: one for one in demand.findings(path, demand.read(path), LAPTOP, NONE)}["memory, planned"]
+        assert (found.state, said in found.found) == ("bad", True), found
 
 
 def test_examples_that_run_here() -> None:

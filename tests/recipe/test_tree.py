@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_r1.config.overlay import merge
 from megatron_r1.errors import ConfigError
-from megatron_r1.recipe.tree import generalize, merge, reference, resolve, texts
+from megatron_r1.recipe.tree import generalize, reference, resolve, texts
 
 OUTPUT = Path("/runs/tiny")
 WORDS = st.text("@/." + string.ascii_lowercase, max_size=12).filter(lambda text: ".." not in text and "//" not in text)

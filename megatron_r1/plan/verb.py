@@ -13,6 +13,9 @@ from megatron_r1.plan.proof import real_state
 from megatron_r1.plan.run_file import read
 from megatron_r1.plan.table import print_plan
 
+PLAIN: dict[str, str | int] = {"moments": "float32", "gradients": "float32", "master": "float32", "offload": 0}
+"""[optim] of what can be proved."""
+
 
 def run(options: PlanConfig, overrides: Sequence[str], as_json: bool) -> int:
     """Plan a run file; returns the exit code, 1 where it does not fit or a proof fails.
@@ -26,9 +29,10 @@ def run(options: PlanConfig, overrides: Sequence[str], as_json: bool) -> int:
     description = as_dict(made)
     if options.prove:
         if config.optim.precision_aware:
-            raise ConfigError(
-                "--prove is of an optimizer in float32 on the GPU: leave moments, gradients, master, offload"
+            plain = " ".join(
+                f"--optim.{key}={value}" for key, value in PLAIN.items() if getattr(config.optim, key) != value
             )
+            raise ConfigError(f"--prove is of an optimizer in float32 on the GPU: prove it with {plain} at the end")
         refuse_illegal(made)
         description["proof"] = prove(made)
     if options.html:

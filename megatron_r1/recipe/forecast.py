@@ -63,9 +63,11 @@ def run(config: PlanConfig, overrides: Sequence[str], as_json: bool, verbs: Mapp
             raise ConfigError(f"--stage {config.stage}: {config.run_file} is no recipe")
         return plan_run_file(config, overrides, as_json)
     if config.search or config.prove or config.html:
+        name = config.stage or "NAME"
         raise ConfigError(
             "--search, --prove and --html are of one run file: write a stage's with "
-            f"`megatron-r1 run {config.run_file} --stage NAME > NAME.toml`, and plan that"
+            f"`megatron-r1 run {config.run_file} --stage {name} > {name}.toml`, and plan that: `megatron-r1 plan "
+            f"{name}.toml --prove`, with --model.path=FOLDER of its config.json while the model is not there yet"
         )
     recipe = read_recipe(config.run_file, list(overrides), verbs)
     stages = [recipe.stage(config.stage)] if config.stage else recipe.stages

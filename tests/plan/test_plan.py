@@ -190,6 +190,14 @@ raise SystemExit(run(options, ["--parallel.pipeline=3", "--parallel.expert=2"], 
     assert all(row["equal"] for row in proof)
 
 
+def test_what_can_be_proved_is_named() -> None:
+    """What is in the run file, and no more."""
+    low = ["--optim.gradients=bfloat16", "--optim.offload=0.5"]
+    refused = r"prove it with --optim\.moments=float32 --optim\.gradients=float32 --optim\.offload=0 at"
+    with pytest.raises(ConfigError, match=refused):
+        run(PlanConfig(run_file=PRETRAIN, gpus=2048, prove=True), [*HERE, *low], as_json=True)
+
+
 PREFERENCES = f"""
 output = "runs/x"
 data = ["x.jsonl"]

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_r1.cli import main as megatron_r1
 from megatron_r1.cluster.needs import Needs, check_elsewhere, needs
-from megatron_r1.errors import UserError
+from megatron_r1.errors import ConfigError, UserError
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"pretrain", "sft", "rl", "collect", "evaluate"}
@@ -67,7 +67,12 @@ def needed(resolved: str, place: Placement) -> Needs:
     run = tomllib.loads(resolved)
     wanted = needs(run, place.gpus)
     if (place.fleet != "local") if wanted.trains else (len(wanted.fleet) > 1):
-        check_elsewhere(run)
+        try:
+            check_elsewhere(run)
+        except ConfigError as error:
+            if not wanted.trains:
+                raise
+            raise ConfigError(f"{error}; or submit it with --fleet=local: engines beside the trainer") from error
     return wanted
 
 

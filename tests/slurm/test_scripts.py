@@ -90,6 +90,8 @@ def test_nothing_is_submitted_that_does_not_go_with_engines_elsewhere(
         with pytest.raises(SystemExit, match=refused):
             lines("rl", large, asleep, *more)
         assert "sbatch" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"first_gpu is for engines .* --fleet=local"):
+        lines("rl", large, "--rollout.first_gpu=4")
     assert len(lines("rl", large, asleep, "--fleet=local")) == 1
     settings = large.read_text().partition("\n")[2].replace("\n[", "\n[stages.r1.").replace("[stages.r1.[", "[")
     first = '[stages.corpus]\nverb = "data generate"\ntask = {type = "reasoning_gym", dataset = "chain_sum"}\n'

@@ -289,37 +289,77 @@ def chart(outcomes: Sequence[Outcome]) -> str:
 
 def settings(args: argparse.Namespace) -> list[Setting]:
     """A run for each fleet size and staleness; larger fleets get more groups."""
-    points = [tuple(map(float, point.split(":"))) for point in args.curve.split(",")]
-    curve = tuple(sorted((batch, speed) for batch, speed in points))
     return [
         Setting(
             engines=engines,
             groups=max(1, round(args.groups * engines / args.engines)),
             staleness=staleness,
-            curve=curve,
+            curve=args.curve,
             **{name: getattr(args, name) for name in ("samples", "slots", "lengths", "max_tokens", "train", "sync")},
             **{name: getattr(args, name) for name in ("steps", "late", "seed")},
         )
-        for engines in (map(int, args.sizes.split(",")) if args.sizes else [args.engines])
-        for staleness in map(int, args.staleness.split(","))
+        for engines in args.sizes or [args.engines]
+        for staleness in args.staleness
     ]
 
 
+def at_least(least: float, kind: Callable[[str], T]) -> Callable[[str], T]:
+    """The type of an option: a number from `least` on."""
+
+    def read(text: str) -> T:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not least <= float(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {least:g} or more")
+        return value
+
+    return read
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """The type of an option: numbers from `least` on, between commas."""
+    one = at_least(least, int)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def speeds(text: str) -> tuple[tuple[float, float], ...]:
+    """The type of --curve."""
+    points = [tuple(map(at_least(0.001, float), point.split(":"))) for point in text.split(",")]
+    if any(len(point) != 2 for point in points):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sequences:tokens/s, between commas")
+    return tuple(sorted((batch, speed) for batch, speed in points))
+
+
+def lengths(text: str) -> str:
+    """The type of --lengths: what `response_lengths` can draw from."""
+    try:
+        response_lengths(text, 1)(random.Random(0), 1)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not constant:N, lognormal:MEDIAN:SIGMA:CORRELATION (of 0 to 1) or a file of lengths"
+        ) from None
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="The rollout fleet in simulated time.")
-    parser.add_argument("--engines", type=int, default=512)
-    parser.add_argument("--sizes", help="fleet sizes, each with its share of --groups: 64,128,256")
-    parser.add_argument("--groups", type=int, default=512, help="of a step")
-    parser.add_argument("--samples", type=int, default=16, help="of a group")
-    parser.add_argument("--slots", type=int, default=64, help="sequences that an engine runs at once")
-    parser.add_argument("--curve", default=CURVE, help="sequences:tokens/s, ...")
-    parser.add_argument("--lengths", default="lognormal:5000:1:0.5", help=response_lengths.__doc__)
-    parser.add_argument("--max-tokens", type=int, default=32_768)
-    parser.add_argument("--train", type=float, default=120.0, help="seconds of a step")
-    parser.add_argument("--sync", type=float, default=10.0, help="seconds in which new weights go out")
-    parser.add_argument("--staleness", default="0,1,4")
+    parser, count = argparse.ArgumentParser(description="The rollout fleet in simulated time."), at_least(1, int)
+    parser.add_argument("--engines", type=count, default=512)
+    parser.add_argument("--sizes", type=numbers(1), help="fleet sizes, each with its share of --groups: 64,128,256")
+    parser.add_argument("--groups", type=count, default=512, help="of a step")
+    parser.add_argument("--samples", type=count, default=16, help="of a group")
+    parser.add_argument("--slots", type=count, default=64, help="sequences that an engine runs at once")
+    parser.add_argument("--curve", type=speeds, default=CURVE, help="sequences:tokens/s, ...")
+    parser.add_argument("--lengths", type=lengths, default="lognormal:5000:1:0.5", help=response_lengths.__doc__)
+    parser.add_argument("--max-tokens", type=count, default=32_768)
+    parser.add_argument("--train", type=at_least(0, float), default=120.0, help="seconds of a step")
+    parser.add_argument("--sync", type=at_least(0, float), default=10.0, help="seconds in which new weights go out")
+    parser.add_argument("--staleness", type=numbers(0), default="0,1,4")
     parser.add_argument("--late", choices=("wait", "drop", "keep"), default="wait")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=at_least(2, int), default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--svg", type=Path, help="write a chart there")

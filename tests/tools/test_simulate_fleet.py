@@ -1,6 +1,7 @@
 """The simulated fleet against times worked out by hand."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,27 @@ def test_long_tails_over_sizes_and_policies(tmp_path: Path) -> None:
     assert drop["dropped"] > 0 == small["dropped"] == keep["dropped"]
     assert max(map(int, drop["histogram"])) <= 1 < max(map(int, keep["histogram"]))
     assert max(drop["step_seconds"], keep["step_seconds"]) < small["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--lengths=/nonexistent", "cannot read /nonexistent: No such file or directory"),
+        ("--lengths=lognormal:5000", "is not constant:N, lognormal:MEDIAN:SIGMA:CORRELATION"),
+        ("--engines=-1", "-1 is not 1 or more"),
+        ("--engines=many", "'many' is no number"),
+        ("--sizes=4,0", "0 is not 1 or more"),
+        ("--staleness=-1", "-1 is not 0 or more"),
+        ("--curve=1:10,64", "is not sequences:tokens/s"),
+        ("--train=nan", "nan is not 0 or more"),
+    ],
+)
+def test_what_cannot_be_simulated(
+    option: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(TOOL))["parser"]().parse_args([option])
+    told = capsys.readouterr().err
+    assert f"argument {option.partition('=')[0]}: " in told
+    assert said in told

@@ -114,6 +114,12 @@ def test_every_stage_of_671b_fits(sized: tuple[int, Plan], monkeypatch: pytest.M
     assert by_name["r1_zero"]["gpus"] == by_name["dev2"]["gpus"] == by_name["r1"]["gpus"] == gpus
     for name in ("r1_zero", "dev1", "dev2", "dev3", "r1"):
         assert by_name[name]["parameters"] == 671_026_419_200
+    page = (ROOT / "docs/planner.md").read_text()
+    [row] = [line for line in page.splitlines() if line.startswith("| GPU-hours of R1-Zero")]
+    hours = [by_name["r1_zero"]["gpu_hours"], found["gpu_hours"]]
+    assert row.split(" | ")[1 + sorted(SIZES.values()).index(gpus)].rstrip(" |") == "; ".join(
+        f"{one:,.0f}" for one in hours
+    )
 
 
 def test_the_base_model_as_it_was_released_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:

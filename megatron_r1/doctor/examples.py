@@ -48,7 +48,8 @@ def of_file(path: Path, machine: Machine, gpus: Gpus) -> list[Finding]:
         if row["needs"].get("gpus") and path.resolve() in named:
             found = _verdict(row, machine, gpus, [], engine=True)
             text = found.why or f"{row['needs']['gpus']:,} GPUs"
-            return [Finding("run file", "example", "ok" if found.runs else "bad", text, f"it needs: {row['from']}")]
+            fix = f"start it where they are ({row['from']})"
+            return [Finding("run file", "example", "ok" if found.runs else "bad", text, fix)]
     return []
 
 

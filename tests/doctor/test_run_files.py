@@ -187,17 +187,6 @@ def test_a_recipe_is_put_together_as_it_is_run(tmp_path: Path) -> None:
     assert demand.read(tmp_path / "more.toml").total == 8
 
 
-def test_a_run_file_that_no_plan_can_be_made_of(tmp_path: Path) -> None:
-    """Neither is a run started from it: a key is wrong, or the layout."""
-    path = tmp_path / "run.toml"
-    text = (ROOT / "examples/r1_tiny/pretrain.toml").read_text()
-    text = text.replace('"examples/', f'"{ROOT}/examples/')
-    for wrong, said in (("stepz = 3\n" + text, "stepz"), (text.replace("[parallel]", "[parallel]\nexpert = 7"), "7")):
-        path.write_text(wrong)
-        found = {one.name: one for one in demand.findings(path, demand.read(path), LAPTOP, NONE)}["memory, planned"]
-        assert (found.state, said in found.found) == ("bad", True), found
-
-
 def test_examples_that_run_here() -> None:
     large = Machine(cores=2, memory=23.5, disk=100.0, shared=8.0)
     runs = {row.command: row for row in examples.verdicts(large, NONE, [])}

@@ -53,7 +53,8 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 [],
-                [torch.tensor(group["step"] - 1.0) for _ in params],
+                # On the parameters' device: CUDA's kernel reads them there.
+                [torch.full((), group["step"] - 1.0, device=param.device) for param in params],
                 fused=True,
                 decoupled_weight_decay=self.adam_w_mode,
                 amsgrad=False,
@@ -86,8 +87,16 @@ def _distributed_optimizer(module: ModuleType) -> None:
         vars(module).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
 
 
+def _recomputation(module: ModuleType) -> None:
+    """:636 takes its own default, fp8=False, for FP8, so that :589 asks Transformer Engine: without it a NameError."""
+    names = vars(module)
+    if not names["HAVE_TE"]:
+        names["CheckpointWithoutOutput"].__init__.__defaults__ = (None,)
+
+
 def _random(module: ModuleType) -> None:
-    """:235-277 read and write the CUDA generator; :629 is a NameError without Transformer Engine."""
+    """:235-277 read and write the CUDA generator."""
+    _recomputation(module)
     names = vars(module)
     names["_get_cuda_rng_state"] = lambda *args, **kwargs: torch.get_rng_state()
     names["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -103,7 +112,6 @@ def _random(module: ModuleType) -> None:
             torch.set_rng_state(outer)
 
     names["CudaRNGStatesTracker"].fork = fork
-    names["CheckpointWithoutOutput"].__init__.__defaults__ = (None,)
 
 
 def _multi_latent_attention(module: ModuleType) -> None:
@@ -206,14 +214,12 @@ FIXES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.transformer.multi_token_prediction": _multi_token_prediction,
 }
 
-ON_GPUS = {
-    name: FIXES[name]
-    for name in (
-        "megatron.core.optimizer",
-        "megatron.core.optimizer.distrib_optimizer",
-        "megatron.core.transformer.multi_latent_attention",
-        "megatron.core.transformer.moe.moe_utils",
-        "megatron.core.transformer.multi_token_prediction",
-    )
+ON_GPUS: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.optimizer": _optimizer,
+    "megatron.core.optimizer.distrib_optimizer": _distributed_optimizer,
+    "megatron.core.tensor_parallel.random": _recomputation,
+    "megatron.core.transformer.multi_latent_attention": _multi_latent_attention,
+    "megatron.core.transformer.moe.moe_utils": _moe_utils,
+    "megatron.core.transformer.multi_token_prediction": _multi_token_prediction,
 }
 """What is not about the device: each looks whether it is needed."""

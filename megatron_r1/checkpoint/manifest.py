@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
+from megatron_r1.data.files import sync
+
 NAME = "manifest.json"
 _BLOCK = 2**22
 _SHOWN = 5
@@ -56,19 +58,6 @@ def write(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk.
-
-    Raises:
-        OSError: the disk refuses what it has not written yet.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def problems(folder: Path) -> list[str]:

@@ -30,6 +30,7 @@ from megatron_r1.checkpoint.state import WeightSets
 from megatron_r1.checkpoint.writer import Write
 from megatron_r1.compat.checkpoint_pickles import refuse_foreign_pickles
 from megatron_r1.config.checkpoint import CheckpointSection
+from megatron_r1.data.files import sync
 from megatron_r1.errors import ConfigError, DataError, NumericsError
 from megatron_r1.model.parallel import device, from_first_rank
 from megatron_r1.model.trainable import Trainable
@@ -220,7 +221,7 @@ class Checkpoints:
     def _keep(self, done: int) -> None:
         """Give a checkpoint its final name; drop older ones, and those of a future that the run has gone back from."""
         os.replace(self._partial(done), self._path(done))
-        manifest.sync(self.folder)
+        sync(self.folder)
         past = sorted(step for step in self._done() if step <= done)
         always = self.section.keep_every
         kept = {step for step in past if always and step % always == 0} | set(past[-self.section.keep :])

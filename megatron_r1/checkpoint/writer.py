@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.manifest import Manifest
 from megatron_r1.compat.megatron_checkpoint import SaveStrategy, keep_results_in_process
+from megatron_r1.data.files import sync
 from megatron_r1.errors import DataError
 from megatron_r1.model.parallel import device, from_first_rank
 
@@ -132,7 +133,7 @@ class Write:
         """On the first rank: add its small files, and write the manifest."""
         for path in self.folder.iterdir():
             if path.name not in files:
-                manifest.sync(path)
+                sync(path)
                 files[path.name] = manifest.entry_of(path)
         manifest.write(self.folder, files)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_r1.checkpoint.torch_dist import Record
 from megatron_r1.convert.target import Part, Target
-from megatron_r1.data.files import write_json
+from megatron_r1.data.files import sync, write_json
 from megatron_r1.errors import ConfigError, DataError
 
 RECORDS = ".parts"
@@ -83,11 +83,11 @@ class Workspace:
             if path.suffix == ".partial":  # of a run that was killed
                 path.unlink()
             elif path.is_file() and path.suffix not in {".distcp", ".safetensors"}:  # those are on the disk already
-                _sync(path)
+                sync(path)
         for folder in (self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
-            _sync(folder)
+            sync(folder)
         os.replace(self.folder, self.output)
-        _sync(self.output.parent)
+        sync(self.output.parent)
         shutil.rmtree(self.output / RECORDS)
 
     def _begin(self) -> None:
@@ -140,11 +140,3 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); remove {path.parents[1]} to begin anew") from error
     return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

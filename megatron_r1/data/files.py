@@ -67,3 +67,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one piece."""
     with aside(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk.
+
+    Raises:
+        OSError: the disk refuses what it has not written yet.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

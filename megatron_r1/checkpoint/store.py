@@ -84,13 +84,12 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for done in reversed(self.kept()):
-            paths = [store._path(done) for store in (self, *others)]
-            found = {path: problems for path in paths if (problems := manifest.problems(path))}
+            found = [text for store in (self, *others) if (text := store.damage(done))]
             if not found:
                 if damaged:
                     self.warnings.append(f"going on from step {done}: {'; '.join(damaged)}")
                 return done
-            damaged += [f"{path} is damaged ({manifest.in_words(problems)})" for path, problems in found.items()]
+            damaged += found
         if damaged:
             raise DataError(
                 f"no checkpoint is whole, so nothing can be resumed: {'; '.join(damaged)}. Restore the files, or "
@@ -102,6 +101,12 @@ class Checkpoints:
         """Steps done by the checkpoints that stand, ascending."""
         self.finish()
         return from_first_rank(lambda: sorted(self._done()))
+
+    def damage(self, done: int) -> str:
+        """What is wrong with the checkpoint after `done` steps, in words; empty = it is whole. Reads all of it."""
+        path = self._path(done)
+        found = manifest.problems(path)
+        return f"{path} is damaged ({manifest.in_words(found)})" if found else ""
 
     def forget_after(self, done: int) -> None:
         """Drop what is newer than the checkpoint after `done` steps: the run goes another way from there."""

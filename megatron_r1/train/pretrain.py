@@ -23,7 +23,7 @@ from megatron_r1.config.load import dump
 from megatron_r1.config.runs import PretrainConfig
 from megatron_r1.data.pretraining import Corpus
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import build_model, check_tokenizer
@@ -137,12 +137,35 @@ class _Pretraining:
             )
 
     def _rewind(self, step: int) -> None:
-        """Go back to the checkpoint before a spike, and jump over what was read since."""
-        self._start = self._rewinds.target(step, self._checkpoints.kept(), self._config.guard)
+        """Go back to a whole checkpoint before a spike, and jump over what was read since."""
+        self._start = self._whole(step)
         self._checkpoints.forget_after(self._start)
         positions = (self._ramp.rows_before(self._start), self._ramp.rows_before(step + 1))
         self._rewinds.add(step, self._start, *positions)
         from_first_rank(self._rewinds.save)
+
+    def _whole(self, step: int) -> int:
+        """The checkpoint to go back to from a spike; damaged ones are passed over while the others still stand.
+
+        Raises:
+            NumericsError: as `Rewinds.target`.
+            DataError: all that it could be are damaged.
+        """
+        kept = [done for done in self._checkpoints.kept() if done <= step]
+        damaged: list[str] = []
+        target = self._rewinds.target(step, kept, self._config.guard)
+        while found := self._checkpoints.damage(target):
+            damaged.append(found)
+            kept.remove(target)
+            if not kept:
+                raise DataError(
+                    f"a spike at step {step}, and no checkpoint before it is whole: {'; '.join(damaged)}. Restore the "
+                    'files, or delete the folders; spike = "skip" of [guard] needs none'
+                )
+            target = self._rewinds.target(step, kept, self._config.guard)
+        if damaged:
+            self._checkpoints.warnings.append(f"going back to step {target}: {'; '.join(damaged)}")
+        return target
 
     def _export(self) -> None:
         config, model, folder = self._config, self._model, self._config.output / "hf"

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_r1.config.load import validate
 from megatron_r1.config.runs import PretrainConfig
-from megatron_r1.errors import NumericsError
+from megatron_r1.errors import DataError, NumericsError
 from megatron_r1.train.pretrain import run
+from megatron_r1.train.rewinds import Rewinds
 from tests.end_to_end import runs
 from tests.end_to_end.runs import rows, weights
 
@@ -65,6 +66,50 @@ def test_killed_later_it_goes_on_the_same_way(rewound: Path, prepared: Path, tmp
     assert rows(output) == rows(rewound)
     assert (output / "skipped_rows.json").read_text() == (rewound / "skipped_rows.json").read_text()
     assert "trained on other rows" not in (output / "run.log").read_text()
+
+
+def damaging(monkeypatch: pytest.MonkeyPatch, output: Path, *steps: int) -> None:
+    """Have a disk lose a byte of these checkpoints before the run looks for one to go back to."""
+    target = Rewinds.target
+
+    def and_damage(*arguments: Any) -> int:
+        for done in steps:
+            path = output / f"checkpoints/step_{done:08d}/__0_0.distcp"
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] = 0xFF - content[len(content) // 2]
+            path.write_bytes(content)
+        monkeypatch.undo()
+        return target(*arguments)
+
+    monkeypatch.setattr(Rewinds, "target", and_damage)
+
+
+def test_it_goes_further_back_where_a_checkpoint_is_damaged(
+    rewound: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the one that the other run has gone back to, so the two end alike."""
+    output = tmp_path / "run"
+    damaging(monkeypatch, output, SPIKE - 1)
+    run(config(prepared, output, rewind_steps=1))
+    said = (output / "run.log").read_text()
+    assert f"warning: going back to step {SPIKE - 2}: {output}/checkpoints/step_{SPIKE - 1:08d} is damaged" in said
+    assert "__0_0.distcp has been altered" in said
+    assert weights(output) == weights(rewound)
+    assert (output / "skipped_rows.json").read_text() == (rewound / "skipped_rows.json").read_text()
+
+
+def test_no_checkpoint_is_dropped_where_all_are_damaged(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    before = range(1, SPIKE + 1)
+    damaging(monkeypatch, output, *before)
+    with pytest.raises(DataError, match=f"a spike at step {SPIKE}, and no checkpoint before it is whole") as caught:
+        run(config(prepared, output))
+    names = [f"step_{done:08d}" for done in before]
+    assert all(f"{name} is damaged (__0_0.distcp has been altered" in str(caught.value) for name in names)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == names
+    assert not (output / "skipped_rows.json").exists()
 
 
 def test_it_stops_where_it_may_not_go_back(prepared: Path, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Checksums of a checkpoint's files: `manifest.json`, written last, says what each has to be.
 
 XXH3 with 128 bits finds what disks, networks and killed processes do; it is no protection against somebody who forges
-files. Ranks share the work: each hashes some of the files.
+files. Ranks share the work: each hashes some of the files, several at once.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_r1.data.files import sync
+from megatron_r1.errors import DataError
 
 NAME = "manifest.json"
 _BLOCK = 2**22
+_THREADS = 4
+"""Of one process that hash files; reading and XXH3 release Python's lock."""
 _SHOWN = 5
 
 
@@ -65,12 +69,35 @@ def problems(folder: Path) -> list[str]:
 
     Every rank reads its share of the files, and all return the same.
     """
-    manifest = _read(folder)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = [manifest] if isinstance(manifest, str) else _mismatches(folder, manifest, sorted(manifest)[rank::ranks])
-    found: list[list[str]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(found, own)
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, problems_of_share(folder, dist.get_rank(), dist.get_world_size()))
     return sorted({problem for part in found for problem in part})
+
+
+def problems_of_share(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """The same of one rank's share of the files, without a process group; of all files where there is one rank."""
+    manifest = _read(folder)
+    return [manifest] if isinstance(manifest, str) else _mismatches(folder, manifest, sorted(manifest)[rank::ranks])
+
+
+def stands_in(folder: Path) -> bool:
+    """Whether a checkpoint says what its files have to be, as those of training do and no other program's."""
+    return (folder / NAME).is_file()
+
+
+def refuse_damaged(folder: Path, together: bool = False) -> None:
+    """That every file of a training checkpoint is what was written; headers tell nothing of numbers. Reads all of it.
+
+    Args:
+        folder: a checkpoint of any format; what has no manifest passes.
+        together: all ranks call it, and share the work.
+
+    Raises:
+        DataError: not so.
+    """
+    found = (problems(folder) if together else problems_of_share(folder)) if stands_in(folder) else []
+    if found:
+        raise DataError(f"{folder} is damaged ({in_words(found)}): restore the files, or take another checkpoint")
 
 
 def in_words(found: list[str]) -> str:
@@ -79,8 +106,9 @@ def in_words(found: list[str]) -> str:
     return "; ".join(found[:_SHOWN]) + rest
 
 
-def _mismatches(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    return [found for name in names if (found := _mismatch(folder / name, manifest[name]))]
+def _mismatches(folder: Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [found for found in pool.map(lambda name: _mismatch(folder / name, manifest[name]), names) if found]
 
 
 def _mismatch(path: Path, due: Entry) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.torch_dist import EMBEDDING, TorchDistReader, is_torch_dist
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import rules
@@ -244,13 +245,14 @@ class SourceWeights:
 
 
 def weights(path: Path) -> SourceWeights | None:
-    """Of a Megatron checkpoint; None for a Hugging Face folder, which `build_model` reads itself.
+    """Of a Megatron checkpoint; None for a Hugging Face folder, which `build_model` reads itself. All ranks call it.
 
     Raises:
-        DataError: the checkpoint cannot be read, or holds a tensor that `config.json` has no place for.
+        DataError: the checkpoint is damaged or cannot be read, or holds a tensor that `config.json` has no place for.
     """
     if not path.is_dir() or not megatron_checkpoint(path):
         return None
+    manifest.refuse_damaged(path, together=True)
     source = open_source(path)
     if unknown := source.unknown():
         raise DataError(

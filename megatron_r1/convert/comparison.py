@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.source import open_source
 from megatron_r1.model.family import HFConfig
 from megatron_r1.model.hf_folder import TensorReader, read_config
@@ -53,8 +54,9 @@ def open_side(path: Path, config: Path | None, mtp: bool = True) -> Side:
     """A checkpoint of any format by the rules of its family: FP8 dequantised, each tensor once.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or is a training checkpoint whose files are not what was written.
     """
+    manifest.refuse_damaged(path)
     source = open_source(path, config, mtp)
     rules = {rule.hf: rule for rule in source.rules}
     missing = {names: [name for name in names if name not in source] for names in rules}

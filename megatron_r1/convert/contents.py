@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.source import (
     Source,
     check_config,
@@ -62,7 +63,8 @@ def read_contents(path: Path, config: Path | None, mtp: bool, check: bool) -> Co
         path: see `InspectConfig`.
         config: whose config.json a Megatron checkpoint has.
         mtp: False = a Megatron checkpoint without the multi-token-prediction layers of its config.json.
-        check: compare all shapes with those that config.json makes.
+        check: compare all shapes with those that config.json makes, and a training checkpoint's files with its
+            manifest.
 
     Raises:
         DataError: there is nothing at `path` that is a checkpoint.
@@ -75,6 +77,14 @@ def read_contents(path: Path, config: Path | None, mtp: bool, check: bool) -> Co
     if checkpoint is None:
         check_config(path)
         return _of_folder(path, check)
+    found = _of_checkpoint(checkpoint, path, config, mtp)
+    if check and manifest.stands_in(path):
+        found.problems += manifest.problems_of_share(path)
+    return found
+
+
+def _of_checkpoint(checkpoint: Path, path: Path, config: Path | None, mtp: bool) -> Contents:
+    """A Megatron checkpoint, with its model where there is a config.json."""
     try:
         return _of_source(open_source(path, config, mtp), "megatron torch_dist")
     except DataError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_r1 import __version__
+from megatron_r1.checkpoint import manifest
 from megatron_r1.checkpoint.source import MegatronSource, Source, megatron_checkpoint, open_source
 from megatron_r1.config.card import CardConfig
 from megatron_r1.config.convert import CastConfig, ConvertConfig, ExportConfig, HuggingFaceConfig, ImportConfig
@@ -36,6 +37,7 @@ LINEAGE = "conversion.json"
 def run_import(config: ImportConfig) -> dict[str, Any]:
     """A checkpoint -> a folder that Megatron-LM's `--load` takes, at any parallelism. See `_convert`."""
     check_paths(config)
+    _check_content(config)
     source = open_source(config.source, config.config, config.mtp)
     check(source, any_dtype=config.dtype is not None)
     return _convert(config, source, MegatronTarget(source, _dtype(config.dtype)))
@@ -44,6 +46,7 @@ def run_import(config: ImportConfig) -> dict[str, Any]:
 def run_export(config: ExportConfig) -> dict[str, Any]:
     """Megatron's checkpoint -> a Hugging Face folder. See `_convert`."""
     check_paths(config)
+    _check_content(config)
     source = open_source(config.source, config.config, config.mtp)
     if not isinstance(source, MegatronSource):
         raise ConfigError(
@@ -80,6 +83,16 @@ def check_paths(config: ConvertConfig | QuantizeConfig) -> None:
     check_free(output)
     if not os.access(standing(output), os.W_OK | os.X_OK, effective_ids=True):
         raise DataError(f"cannot write to {standing(output)}: no permission, or a read-only file system")
+
+
+def _check_content(config: ConvertConfig) -> None:
+    """That a training checkpoint is whole; a dry run reads headers only.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not config.dry_run:
+        manifest.refuse_damaged(config.source)
 
 
 def _to_hugging_face(config: HuggingFaceConfig, source: Source, dtype: str | None) -> dict[str, Any]:

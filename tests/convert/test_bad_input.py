@@ -9,11 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_r1.checkpoint.source import weights
+from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.config.checkpoint import CheckpointSection
 from megatron_r1.config.convert import CastConfig, ExportConfig, ImportConfig
+from megatron_r1.config.inspect import InspectConfig, VerifyConfig
 from megatron_r1.convert import verbs
+from megatron_r1.convert.inspect import inspect
 from megatron_r1.convert.verbs import run_cast, run_export, run_import
+from megatron_r1.convert.verify import verify
 from megatron_r1.convert.work import write_parts
 from megatron_r1.errors import UserError
+from tests.checkpoint.conftest import make, train
 from tests.convert.invented import FP8, contents, tiny, write
 
 INDEX = "model.safetensors.index.json"
@@ -153,6 +160,32 @@ def test_damaged_megatron_checkpoints(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"__0_0\.distcp is missing"):
         run_export(ExportConfig(source=megatron, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_training_checkpoints(tmp_path: Path) -> None:
+    """Four bytes in the midst of the numbers: every header is right."""
+    policy = make(tmp_path, num_hidden_layers=2, torch_dtype="float32")
+    train(policy, 0, 1)
+    Checkpoints(tmp_path / "checkpoints", CheckpointSection(), {}).save(1, policy.trainable, {}, {})
+    step, out = tmp_path / "checkpoints/step_00000001", tmp_path / "out"
+    checked = InspectConfig(path=step, config=tmp_path, check=True)
+    assert inspect(checked)["passed"]
+    run_export(ExportConfig(source=step, config=tmp_path, output=tmp_path / "whole"))
+    part = step / "__0_0.distcp"
+    stored = bytearray(part.read_bytes())
+    middle = slice(len(stored) // 2, len(stored) // 2 + 4)
+    stored[middle] = bytes(0xFF - byte for byte in stored[middle])
+    part.write_bytes(stored)
+    for read in (
+        lambda: run_export(ExportConfig(source=step, config=tmp_path, output=out)),
+        lambda: run_import(ImportConfig(source=step, config=tmp_path, output=out)),
+        lambda: verify(VerifyConfig(a=tmp_path / "whole", b=step, config=tmp_path)),
+        lambda: weights(step),
+    ):
+        with pytest.raises(UserError, match=r"step_00000001 is damaged \(__0_0\.distcp has been altered"):
+            read()
+    assert not out.exists()
+    assert inspect(checked)["problems"] == ["__0_0.distcp has been altered: its checksum is another"]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file that names the checkpoint of a folder to load."""
 RELEASE = "release"
 """What that file says of weights that no training run has numbered."""
-_MTP = "num_nextn_predict_layers"
+_MTP, _MTP_KEYS = "num_nextn_predict_layers", "mtp."
 _SHOWN = 5
 
 
@@ -149,17 +149,23 @@ class MegatronSource(Source):
     Args:
         checkpoint: holds `.metadata`.
         folder: with `config.json` and the tokenizer.
-        mtp: False = without the MTP layers, whether their tensors are there or not.
+        mtp: False = without the MTP layers, whether their tensors are there or not. A checkpoint that has none of
+            them, as a policy's, is read so in any case.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, mtp: bool = True) -> None:
         whole = read_config(folder)
-        self.folder, self.hf = folder, whole if mtp else without_mtp(whole)
         self._reader = TorchDistReader(checkpoint)
+        self.lacks_mtp = (
+            mtp and bool(whole.get(_MTP)) and not any(key.startswith(_MTP_KEYS) for key in self._reader.keys)
+        )
+        """Whether the MTP layers that `config.json` names are left out because none is there."""
+        mtp = mtp and not self.lacks_mtp
+        self.folder, self.hf = folder, whole if mtp else without_mtp(whole)
         self.rules, self.places = rules(self.hf), layout(self.hf, self._reader.style)
         self._by_name = {name: rule for rule in self.rules for name in rule.hf}
         self._known = {piece.key for place in self.places.places.values() for piece in place.pieces}
-        self._left_out = () if mtp else ("mtp.",)
+        self._left_out = () if mtp else (_MTP_KEYS,)
         self.files = [folder / "config.json", *sorted(path for path in checkpoint.iterdir() if path.is_file())]
 
     def __contains__(self, name: str) -> bool:
@@ -268,7 +274,7 @@ def open_source(path: Path, config: Path | None = None, mtp: bool = True) -> Sou
         path: a Hugging Face folder; a Megatron checkpoint (of training too: `step_XXXXXXXX`), or a folder whose
             `latest_checkpointed_iteration.txt` names one; a `.gguf` file.
         config: a Hugging Face folder whose `config.json` and tokenizer belong to a Megatron checkpoint; None = the
-            checkpoint's own, or the folder `hf` of the training run that wrote it.
+            checkpoint's own, or those of the folder above it, or of `hf` of the training run that wrote it.
         mtp: False = without the multi-token-prediction layers.
 
     Raises:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_r1.checkpoint import manifest, state
 from megatron_r1.checkpoint.signals import Requests, Stopped
 from megatron_r1.checkpoint.state import WeightSets
-from megatron_r1.checkpoint.writer import Write
+from megatron_r1.checkpoint.writer import Describe, Write
 from megatron_r1.compat.checkpoint_pickles import refuse_foreign_pickles
 from megatron_r1.config.checkpoint import CheckpointSection
 from megatron_r1.data.files import sync
@@ -47,10 +47,13 @@ class Checkpoints:
         folder: where they stand, one folder each.
         section: the run's [checkpoint].
         identity: what must not change while a run goes on, such as its seed.
+        describe: writes into the folder of each what model it is of, with its tokenizer; None = they do not say.
     """
 
-    def __init__(self, folder: Path, section: CheckpointSection, identity: dict[str, int]) -> None:
-        self.folder, self.section, self.identity = folder, section, identity
+    def __init__(
+        self, folder: Path, section: CheckpointSection, identity: dict[str, int], describe: Describe | None = None
+    ) -> None:
+        self.folder, self.section, self.identity, self._describe = folder, section, identity, describe
         self.warnings: list[str] = []
         """What the user has to know of what `latest` and `load` found; `running` says it."""
         self._requests = Requests(section.grace_seconds)
@@ -145,7 +148,7 @@ class Checkpoints:
         self.finish()
         from_first_rank(lambda: self._clear(done))
         content = state.snapshot(trainable, weights) | {"figures": figures, "identity": self.identity}
-        self._write = done, Write(self._partial(done), content, self.section.asynchronous)
+        self._write = done, Write(self._partial(done), content, self.section.asynchronous, self._describe)
         self._saved = time.monotonic()
         if self._ending or not self.section.asynchronous:
             self.finish()

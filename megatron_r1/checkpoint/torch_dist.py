@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ _PADDING = range(128, 128 * 64 + 1, 128)
 """What the rows of a vocabulary are rounded up to a multiple of by Megatron-LM: 128 x its tensor parallel size."""
 _PREFIXES = ("", "model.", "module.")
 """Before a model's keys: in Megatron-LM's checkpoints, those of our training runs, NeMo's."""
+_ADAPTERS = ".lora."
+"""Within the names of adapters' weights (`model/lora.py`)."""
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine")
 
 
@@ -116,9 +118,15 @@ class TorchDistReader:
             chunks[key] = self._chunks_of(name, key, tensor, metadata.storage_data)
         self.keys, self._chunks = keys, chunks
 
-    def _prefix(self, names: Container[str]) -> str:
+    def _prefix(self, names: Collection[str]) -> str:
         found = next((prefix for prefix in _PREFIXES if prefix + EMBEDDING in names), None)
         if found is None:
+            if any(_ADAPTERS in name for name in names):
+                raise DataError(
+                    f"{self.folder} holds LoRA adapters only: the weights that they belong to stay in the folder that "
+                    "the run began with. The run merges the two when it ends, into the folder hf of its output: run "
+                    "the same command again to let it end, and take that folder"
+                )
             raise DataError(f"{self.folder} holds no language model: it has no {EMBEDDING}")
         return found
 

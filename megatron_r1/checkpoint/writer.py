@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,9 @@ from megatron_r1.errors import DataError
 from megatron_r1.model.parallel import device, from_first_rank
 
 keep_results_in_process()
+
+Describe = Callable[[Path], None]
+"""Writes small files into a checkpoint's folder."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SMALL_FILES = 2**20
@@ -53,14 +56,15 @@ class Write:
         folder: where to; it is made.
         state: Megatron's sharded state dict.
         background: copy what is written, so that training may go on.
+        describe: writes further files into it, on the first rank.
 
     Raises:
         OSError: the disk is full, or has less room than the checkpoint needs; nothing is left of it.
         DataError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, state: dict[str, Any], background: bool) -> None:
-        self.folder, self._need = folder, _bytes_of_all(state)
+    def __init__(self, folder: Path, state: dict[str, Any], background: bool, describe: Describe | None = None) -> None:
+        self.folder, self._need, self._describe = folder, _bytes_of_all(state), describe
         with self._explained():
             from_first_rank(self._make_room)
             self._request = dist_checkpointing.save(
@@ -130,7 +134,9 @@ class Write:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _seal(self, files: Manifest) -> None:
-        """On the first rank: add its small files, and write the manifest."""
+        """On the first rank: add the small files, and write the manifest."""
+        if self._describe:
+            self._describe(self.folder)
         for path in self.folder.iterdir():
             if path.name not in files:
                 sync(path)

@@ -39,6 +39,7 @@ def run_import(config: ImportConfig) -> dict[str, Any]:
     check_paths(config)
     _check_content(config)
     source = open_source(config.source, config.config, config.mtp)
+    _say_what_is_left_out(config, source)
     check(source, any_dtype=config.dtype is not None)
     return _convert(config, source, MegatronTarget(source, _dtype(config.dtype)))
 
@@ -54,6 +55,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
         )
     if rows := source.padding():
         print(f"{config.source}: leaves out the last {counted(rows, 'row')} of its vocabulary, padding")
+    _say_what_is_left_out(config, source)
     return _to_hugging_face(config, source, config.dtype)
 
 
@@ -93,6 +95,11 @@ def _check_content(config: ConvertConfig) -> None:
     """
     if not config.dry_run:
         manifest.refuse_damaged(config.source)
+
+
+def _say_what_is_left_out(config: ConvertConfig, source: Source) -> None:
+    if isinstance(source, MegatronSource) and source.lacks_mtp:
+        print(f"{config.source} has none of the multi-token-prediction layers of its config.json: leaves them out")
 
 
 def _to_hugging_face(config: HuggingFaceConfig, source: Source, dtype: str | None) -> dict[str, Any]:

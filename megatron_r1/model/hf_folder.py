@@ -206,15 +206,30 @@ def write(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         quantized = write_shards(aside, tensors, max_shard_bytes)
-        if not quantized:
-            config = {key: value for key, value in config.items() if key != QUANTIZATION}
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(aside, sources)
+        describe(aside, config, *sources, quantized=quantized)
         exchange(aside, folder, old)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def describe(folder: Path, config: HFConfig, *sources: Path, quantized: bool = False) -> None:
+    """Write what stands beside weights: `config.json`, tokenizer and generation settings. See `write`.
+
+    Args:
+        folder: where the weights are.
+        config: its `config.json`; without its `quantization_config` if no tensor is FP8.
+        sources: folders whose tokenizer and generation settings are copied.
+        quantized: whether a tensor is FP8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not quantized:
+        config = {key: value for key, value in config.items() if key != QUANTIZATION}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_companions(folder, sources)
 
 
 def copy_companions(folder: Path, sources: Iterable[Path]) -> None:

@@ -38,7 +38,8 @@ class Critic:
         self.loss = Value(Value.Config(value_clip=section.value_clip))
         # Written before the policy's, and one more is kept, so that the policy's latest always finds its critic.
         kept = config.checkpoint.model_copy(update={"keep": config.checkpoint.keep + 1, "asynchronous": False})
-        self.checkpoints = Checkpoints(config.output / "checkpoints/critic", kept, {"seed": config.seed})
+        folder, identity = config.output / "checkpoints/critic", {"seed": config.seed}
+        self.checkpoints = Checkpoints(folder, kept, identity, self._describe)
         """A step of the run is saved when it has one here, and then the policy's."""
 
     @property
@@ -82,11 +83,19 @@ class Critic:
     def export(self) -> None:
         """Write the critic as a Hugging Face folder, from which another run's `critic.path` begins."""
         model, config = self.scorer.model, self._config
-        folder, base = config.output / "critic/hf", self._path
         consumed_by_first_rank(
-            lambda tensors: hf_folder.write(folder, model.hf, tensors, config.tokenizer or base, base),
+            lambda tensors: hf_folder.write(config.output / "critic/hf", model.hf, tensors, *self._sources),
             model.export(getattr(torch, config.model.dtype)),
         )
+
+    def _describe(self, folder: Path) -> None:
+        """Write beside weights what model they are of."""
+        hf_folder.describe(folder, self.scorer.model.hf, *self._sources)
+
+    @property
+    def _sources(self) -> tuple[Path, Path]:
+        """Where the tokenizer stands, and other files of the model."""
+        return self._config.tokenizer or self._path, self._path
 
 
 def explained_variance(samples: Sequence[Sample], returns: Sequence[Sequence[float]]) -> float:

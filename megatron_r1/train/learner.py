@@ -188,11 +188,19 @@ class Learner:
 
     def save_models(self) -> None:
         """Write the trained model, and the critic, as Hugging Face folders."""
-        folder, hf, base = self.config.output / "hf", self.policy.model.hf, self.config.model.path
-        companions = (self.config.tokenizer or base, base)
-        consumed_by_first_rank(lambda tensors: hf_folder.write(folder, hf, tensors, *companions), self.export())
+        folder, hf = self.config.output / "hf", self.policy.model.hf
+        consumed_by_first_rank(lambda tensors: hf_folder.write(folder, hf, tensors, *self._sources), self.export())
         if self.critic:
             self.critic.export()
+
+    def describe(self, folder: Path) -> None:
+        """Write beside the policy's weights what model they are of."""
+        hf_folder.describe(folder, self.policy.model.hf, *self._sources)
+
+    @property
+    def _sources(self) -> tuple[Path, Path]:
+        """Where the tokenizer stands, and other files of the model."""
+        return self.config.tokenizer or self.config.model.path, self.config.model.path
 
 
 def _with(batch: Sequence[Minibatch], **values: Sequence[Sequence[torch.Tensor]]) -> list[Minibatch]:

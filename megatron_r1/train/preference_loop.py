@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.loss.base import Loss
 from megatron_r1.model import hf_folder, lora
+from megatron_r1.model.family import HFConfig
 from megatron_r1.model.parallel import consumed_by_first_rank, is_first_rank
 from megatron_r1.model.placement import parameter_counts
 from megatron_r1.report.run import Report
@@ -110,7 +112,7 @@ class PreferenceLoop:
         config, policy = self.config, self.policy
         steps, per_epoch = updates(config, self.data), math.ceil(len(self.data.training) / config.batch)
         identity = {"seed": config.seed, "batch": config.batch, "data": self.data.digest()}
-        checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
+        checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity, self._describe)
         start = checkpoints.latest() or 0
         carried = checkpoints.load(start, policy.trainable, {}) if start else {}
         named, first = config.report.title or title, is_first_rank()
@@ -193,14 +195,27 @@ class PreferenceLoop:
         return f"{size}; rows: {counts}; {counted(steps, 'step')} of {self.config.batch}"
 
     def _save_model(self) -> None:
-        """Write the trained model as a Hugging Face folder that names its padding token, if that is a token apart."""
-        config, model, tokenizer = self.config, self.policy.model, self.tokenizer
-        hf = model.hf if tokenizer.pad_id == tokenizer.eos_id else {**model.hf, "pad_token_id": tokenizer.pad_id}
-        sources = (config.tokenizer or config.model.path, config.model.path)
+        """Write the trained model as a Hugging Face folder."""
+        config, hf = self.config, self._hf
         consumed_by_first_rank(
-            lambda tensors: hf_folder.write(config.output / "hf", hf, tensors, *sources),
-            model.export(getattr(torch, config.model.dtype)),
+            lambda tensors: hf_folder.write(config.output / "hf", hf, tensors, *self._sources),
+            self.policy.model.export(getattr(torch, config.model.dtype)),
         )
+
+    def _describe(self, folder: Path) -> None:
+        """Write beside weights what model they are of."""
+        hf_folder.describe(folder, self._hf, *self._sources)
+
+    @property
+    def _hf(self) -> HFConfig:
+        """The model's `config.json`, which names its padding token if that is a token apart."""
+        hf, tokenizer = self.policy.model.hf, self.tokenizer
+        return hf if tokenizer.pad_id == tokenizer.eos_id else {**hf, "pad_token_id": tokenizer.pad_id}
+
+    @property
+    def _sources(self) -> tuple[Path, Path]:
+        """Where the tokenizer stands, and other files of the model."""
+        return self.config.tokenizer or self.config.model.path, self.config.model.path
 
 
 def updates(config: PreferenceRunConfig, data: Data) -> int:

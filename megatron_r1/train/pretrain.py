@@ -66,7 +66,12 @@ class _Pretraining:
         self._policy = Policy(self._model, config.optim, self._steps, tokens_before=self._ramp.tokens_before)
         self._throughput = Throughput(self._model, dist.get_world_size())
         identity = {"seed": config.seed, **self._ramp.identity}
-        self._checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
+        self._checkpoints = Checkpoints(
+            config.output / "checkpoints",
+            config.checkpoint,
+            identity,
+            lambda folder: hf_folder.describe(folder, self._model.hf, config.tokenizer, config.model.path),
+        )
         self._start = self._checkpoints.latest() or 0
         self._rewinds = Rewinds(config.output, self._ramp.rows_before(self._steps), anew=not self._start)
         self._feed = _Feed(config, tokenizer, self._policy, self._ramp, self._rewinds, self._steps)

@@ -57,7 +57,9 @@ class _Training:
     def __init__(self, config: RLConfig, heartbeat: Heartbeat) -> None:
         self._config = config
         self._learner = Learner.build(config)
-        self._checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, {"seed": config.seed})
+        self._checkpoints = Checkpoints(
+            config.output / "checkpoints", config.checkpoint, {"seed": config.seed}, self._learner.describe
+        )
         critic = self._learner.critic
         self._compared = False
         self._begun = False

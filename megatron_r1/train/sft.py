@@ -11,6 +11,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _train(config: SFTConfig, heartbeat: Heartbeat) -> dict[str, Any]:
     steps, counts = rows.epochs.steps, parameter_counts(model.chunks)
     learner = _Learner(config, rows, Policy(model, config.optim, steps))
     identity = {"seed": config.seed, "batch": config.batch, "data": rows.digest(config)}
-    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity)
+    checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoint, identity, learner.describe)
     start = checkpoints.latest() or 0
     trainable = learner.policy.trainable
     carried = checkpoints.load(start, trainable, {}) if start else {}
@@ -183,11 +184,19 @@ class _Learner:
     def save_model(self) -> None:
         """Write the trained model as a Hugging Face folder, adapters merged."""
         config, model = self._config, self.policy.model
-        sources = (config.tokenizer or config.model.path, config.model.path)
         consumed_by_first_rank(
-            lambda tensors: hf_folder.write(config.output / "hf", model.hf, tensors, *sources),
+            lambda tensors: hf_folder.write(config.output / "hf", model.hf, tensors, *self._sources),
             model.export(getattr(torch, config.model.dtype)),
         )
+
+    def describe(self, folder: Path) -> None:
+        """Write beside weights what model they are of."""
+        hf_folder.describe(folder, self.policy.model.hf, *self._sources)
+
+    @property
+    def _sources(self) -> tuple[Path, Path]:
+        """Where the tokenizer stands, and other files of the model."""
+        return self._config.tokenizer or self._config.model.path, self._config.model.path
 
     def _share(self, rows: list[Trajectory], seed: int) -> Minibatch:
         share = self.policy.share(self._config.tokens_per_microbatch)

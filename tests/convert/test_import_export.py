@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 from megatron_r1.checkpoint.source import MegatronSource, open_source
 from megatron_r1.config.convert import CastConfig, ExportConfig, ImportConfig
+from megatron_r1.config.inspect import VerifyConfig
 from megatron_r1.config.sections import ModelSection, ParallelSection
 from megatron_r1.convert.verbs import run_cast, run_export, run_import
+from megatron_r1.convert.verify import verify
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.build import BuiltModel, build_model
 from megatron_r1.model.mapping import weights
@@ -235,3 +237,19 @@ def test_a_megatron_source_reads_without_its_mtp_layers(tmp_path: Path) -> None:
     stored = tensors(source)
     trunk = {name: value for name, value in stored.items() if not name.startswith("model.layers.3.")}
     assert same(tensors(tmp_path / "back"), trunk)
+
+
+def test_mtp_layers_that_a_policy_lacks_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its `config.json` names them, since engines get them from the base model."""
+    source = write(tmp_path / "hf")
+    run_import(ImportConfig(source=source, output=tmp_path / "megatron", mtp=False))
+    capsys.readouterr()
+    run_export(ExportConfig(source=tmp_path / "megatron/release", config=source, output=tmp_path / "back"))
+    assert (
+        "has none of the multi-token-prediction layers of its config.json: leaves them out" in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "back/config.json").read_text())["num_nextn_predict_layers"] == 0
+    trunk = {name: value for name, value in tensors(source).items() if not name.startswith("model.layers.3.")}
+    assert same(tensors(tmp_path / "back"), trunk)
+    found = verify(VerifyConfig(a=tmp_path / "megatron/release", b=tmp_path / "back", config=source))
+    assert found["identical"]

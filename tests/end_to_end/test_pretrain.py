@@ -1,11 +1,15 @@
 """Pretraining that is killed, interrupted or cut into processes reaches the numbers of the undisturbed run."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from megatron_r1.config.convert import ExportConfig
+from megatron_r1.convert.verbs import run_export
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SAVED, Command, checkpoint, rows, weights
 
@@ -33,6 +37,19 @@ def test_the_test_is_taken_once_after_the_last_step(prepared: Path) -> None:
     ]  # fmt: skip
     summary = runs.summary(prepared / "base")
     assert summary["test_loss"] == summary["validation_loss"] == lines[-1]["test_loss"]
+
+
+def test_a_checkpoint_exports_by_itself(prepared: Path, tmp_path: Path) -> None:
+    """It holds what describes the model, whether the run has ended or not; the last one is the run's own export."""
+    for done in (8, 12):
+        step = shutil.copytree(prepared / f"base/checkpoints/step_{done:08d}", tmp_path / f"{done}/step_{done:08d}")
+        run_export(ExportConfig(source=step, output=tmp_path / f"hf_{done}"))
+    ended = prepared / "base/hf"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf_8" / name).read_bytes() == (ended / name).read_bytes()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf_12", ended))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_two_processes_learn_what_one_does(prepared: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from megatron.core import dist_checkpointing
 from transformers import AutoModelForCausalLM
 
 from megatron_r1.checkpoint.store import Checkpoints
+from megatron_r1.checkpoint.torch_dist import TorchDistReader
 from megatron_r1.config.checkpoint import CheckpointSection
 from megatron_r1.config.sections import LoraSection, OptimSection, ParallelSection
-from megatron_r1.errors import ConfigError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.loss.cross_entropy import CrossEntropy
 from megatron_r1.model import hf_folder
 from megatron_r1.model.build import BuiltModel, build_model
@@ -237,6 +238,8 @@ def test_a_checkpoint_holds_what_is_trained_and_not_the_base(exported: Path, tmp
     named = load_plain_metadata(tmp_path / "step_00000003")
     assert any(".lora." in name for name in named)
     assert not [name for name in named if "linear" in name and ".lora." not in name]
+    with pytest.raises(DataError, match=r"step_00000003 holds LoRA adapters only: .* into the folder hf of its output"):
+        TorchDistReader(tmp_path / "step_00000003")
 
     resumed = policy_of(exported)
     restored = Reference(resumed, every=2)

@@ -25,8 +25,6 @@ PHASES = (
 class _Guard(Section):
     """What all training verbs have."""
 
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What is done with an update whose loss or gradient is not finite. It never reaches the weights."""
     spike_sigma: PositiveFloat = 6.0
     """A loss or gradient norm is a spike when it lies this many standard deviations above the median of the window;
     the deviation is estimated from the median absolute deviation (Hampel's identifier)."""
@@ -52,6 +50,8 @@ class _Guard(Section):
 class GuardSection(_Guard):
     """[guard] of the verbs that train on few data, or on data that the policy makes itself."""
 
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What is done with an update whose loss or gradient is not finite. It never reaches the weights."""
     spike: Literal["off", "warn", "skip", "stop"] = "off"
     """What is done about a spike."""
 
@@ -59,10 +59,13 @@ class GuardSection(_Guard):
 class PretrainGuardSection(_Guard):
     """[guard] of `pretrain`."""
 
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """What is done with an update whose loss or gradient is not finite. It never reaches the weights. "rewind" is for
+    numbers that have gone wrong for some steps before: it does as at a spike."""
     spike: Literal["off", "warn", "skip", "rewind", "stop"] = "warn"
     """What is done about a spike. "skip" leaves the update out. "rewind" goes back to a checkpoint from before it and
     jumps over the batches that were read since (PaLM, arXiv 2204.02311, 5.1)."""
     rewind_steps: PositiveInt = 100
-    """The checkpoint gone back to is at least so many steps older than the spike, or the oldest that is kept."""
+    """The checkpoint gone back to is at least so many steps older than the bad update, or the oldest that is kept."""
     max_rewinds: PositiveInt = 10
     """Rewinds of the whole run; one more stops it."""

@@ -50,15 +50,15 @@ class Action(Enum):
     STOP = "refused"
 
 
-class SpikeError(Exception):
-    """A spike that the run goes back behind; the loop does so (`rewinds.py`).
+class RewindError(Exception):
+    """A bad update that the run goes back behind; the loop does so (`rewinds.py`).
 
     Args:
         step: the one whose update was not made.
     """
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"a spike at step {step}")
+        super().__init__(f"a bad update at step {step}")
         self.step = step
 
 
@@ -125,7 +125,7 @@ class Guard:
 
         Raises:
             NumericsError: the policy is to stop.
-            SpikeError: the policy is to rewind.
+            RewindError: the policy is to rewind.
         """
         if not self._reason:
             return
@@ -142,7 +142,7 @@ class Guard:
             raise NumericsError(f"{text}. {_ADVICE[0].upper()}{_ADVICE[1:]}")
         self._say(text)
         if self._action is Action.REWIND:
-            raise SpikeError(step)
+            raise RewindError(step)
 
     def state(self) -> Figures:
         """What a checkpoint has to keep, among the figures of the loop."""

@@ -34,7 +34,7 @@ from megatron_r1.report.run import Report
 from megatron_r1.train import memory
 from megatron_r1.train.batch import Minibatch, from_rows
 from megatron_r1.train.batch_ramp import Ramp
-from megatron_r1.train.guard import Guard, SpikeError
+from megatron_r1.train.guard import Guard, RewindError
 from megatron_r1.train.heartbeat import Heartbeat
 from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.rewinds import Rewinds
@@ -81,8 +81,8 @@ class _Pretraining:
         while True:
             try:
                 return self._run()
-            except SpikeError as spike:
-                self._rewind(spike.step)
+            except RewindError as bad:
+                self._rewind(bad.step)
 
     def _run(self) -> dict[str, Any]:
         config, start, checkpoints = self._config, self._start, self._checkpoints
@@ -142,7 +142,7 @@ class _Pretraining:
             )
 
     def _rewind(self, step: int) -> None:
-        """Go back to a whole checkpoint before a spike, and jump over what was read since."""
+        """Go back to a whole checkpoint before a bad update, and jump over what was read since."""
         self._start = self._whole(step)
         self._checkpoints.forget_after(self._start)
         positions = (self._ramp.rows_before(self._start), self._ramp.rows_before(step + 1))
@@ -150,7 +150,7 @@ class _Pretraining:
         from_first_rank(self._rewinds.save)
 
     def _whole(self, step: int) -> int:
-        """The checkpoint to go back to from a spike; damaged ones are passed over while the others still stand.
+        """The checkpoint to go back to from a bad update; damaged ones are passed over while the others still stand.
 
         Raises:
             NumericsError: as `Rewinds.target`.
@@ -164,8 +164,8 @@ class _Pretraining:
             kept.remove(target)
             if not kept:
                 raise DataError(
-                    f"a spike at step {step}, and no checkpoint before it is whole: {'; '.join(damaged)}. Restore the "
-                    'files, or delete the folders; spike = "skip" of [guard] needs none'
+                    f"a bad update at step {step}, and no checkpoint before it is whole: {'; '.join(damaged)}. Restore "
+                    'the files, or delete the folders; the policy "skip" of [guard] needs none'
                 )
             target = self._rewinds.target(step, kept, self._config.guard)
         if damaged:

@@ -51,16 +51,16 @@ class Rewinds:
         """
         before = sorted(done for done in checkpoints if done <= step)
         if not before:
-            raise NumericsError(f"a spike at step {step}, before the first checkpoint; lower lr of [optim]")
+            raise NumericsError(f"a bad update at step {step}, before the first checkpoint; lower lr of [optim]")
         if len(self._made) >= section.max_rewinds:
             raise NumericsError(
-                f"a spike at step {step} after max_rewinds = {section.max_rewinds} rewinds: other batches do not "
+                f"a bad update at step {step} after max_rewinds = {section.max_rewinds} rewinds: other batches do not "
                 "help. Lower lr of [optim], or look at bad_batches/"
             )
         return max((done for done in before if done <= step - section.rewind_steps), default=before[0])
 
     def add(self, step: int, target: int, start: int, end: int) -> None:
-        """Jump over the positions `start` to `end - 1`, read from the checkpoint `target` on until the spike at `step`.
+        """Jump over the positions `start` to `end - 1`, read from the checkpoint `target` on until the bad update.
 
         All ranks call this, once no checkpoint after `target` is left: they know of other rows.
 
@@ -70,7 +70,7 @@ class Rewinds:
         entry = {"step": step, "checkpoint": target, "first": self.row(start), "last": self.row(end - 1)}
         skipped = _ranges([*self._made, entry])
         if entry["last"] < entry["first"] or _count(skipped) >= self._rows:
-            raise NumericsError(f"a spike at step {step}, and hardly any rows are left that were not skipped")
+            raise NumericsError(f"a bad update at step {step}, and hardly any rows are left that were not skipped")
         self._made, self._skipped = [*self._made, entry], skipped
 
     def save(self) -> None:

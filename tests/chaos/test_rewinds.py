@@ -104,7 +104,9 @@ def test_no_checkpoint_is_dropped_where_all_are_damaged(
     output = tmp_path / "run"
     before = range(1, SPIKE + 1)
     damaging(monkeypatch, output, *before)
-    with pytest.raises(DataError, match=f"a spike at step {SPIKE}, and no checkpoint before it is whole") as caught:
+    with pytest.raises(
+        DataError, match=f"a bad update at step {SPIKE}, and no checkpoint before it is whole"
+    ) as caught:
         run(config(prepared, output))
     names = [f"step_{done:08d}" for done in before]
     assert all(f"{name} is damaged (__0_0.distcp has been altered" in str(caught.value) for name in names)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_r1.config.guard import GuardSection, PretrainGuardSection
 from megatron_r1.errors import NumericsError
 from megatron_r1.train.batch import Minibatch, from_rows
-from megatron_r1.train.guard import BAD_BATCHES, MOST_SAVED, Guard, SpikeError, refuse_non_finite
+from megatron_r1.train.guard import BAD_BATCHES, MOST_SAVED, Guard, RewindError, refuse_non_finite
 
 # Median 2, median absolute deviation 0.1: a deviation is 0.14826, six are 0.88956.
 LOSSES = [1.9, 2.0, 2.1, 2.2, 1.8, 1.9, 2.0, 2.1]
@@ -112,11 +112,16 @@ def test_what_each_policy_does(tmp_path: Path, loss: float, norm: float) -> None
         assert Judged(tmp_path, spike="off").step(loss, norm)
         assert Judged(tmp_path, spike="warn").step(loss, norm)
         rewound = Judged(tmp_path, spike="rewind")
-        with pytest.raises(SpikeError) as error:
+        with pytest.raises(RewindError) as error:
             rewound.step(loss, norm, step=11)
         assert error.value.step == 11
         assert "so the update was rewound" in rewound.said[0]
     else:
+        rewound = Judged(tmp_path, spike="off", non_finite="rewind")
+        with pytest.raises(RewindError) as error:
+            rewound.step(loss, norm, step=11)
+        assert error.value.step == 11
+        assert "so the update was rewound" in rewound.said[0]
         with pytest.raises(NumericsError):
             refuse_non_finite(loss, norm)
         with pytest.raises(NumericsError):  # whatever is done about spikes

@@ -37,6 +37,11 @@ class Question:
     tools: tuple[str, ...] | None = None
     """Names in the run's [conversation.tools] that an answer may call; None = all."""
 
+    @property
+    def member(self) -> str:
+        """The name that its task has in a mixture, else `task`."""
+        return str(self.metadata.get("member", self.task))
+
 
 @dataclass
 class Sample:

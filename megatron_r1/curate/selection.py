@@ -159,7 +159,7 @@ def laid_out(candidates: Sequence[Candidate], form: str, ledger: Ledger) -> Iter
 def _candidate(name: str, section: SampleSource, one: Asked, answer: Answer, drawn: dict[str, Any]) -> Candidate:
     return Candidate(
         source=name,
-        domain=section.domain or str(one.question.metadata.get("member", one.question.task)),
+        domain=section.domain or one.question.member,
         question=one.question,
         prompt=one.prompt,
         response=response(one.question, Sample([], [], answer.text, answer.finished, 0)),

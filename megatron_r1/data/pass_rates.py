@@ -68,8 +68,7 @@ class PassRates:
 
     def _key(self, question: Question) -> str:
         """The same for the same text in every epoch, wherever in the stream it stands."""
-        about = question.metadata
-        task = str(about.get("member", question.task))
+        about, task = question.metadata, question.member
         if self._section.by == "difficulty":
             return f"{task}/{about.get('difficulty', '')}"
         text = hashlib.blake2b(str(about.get("text", question.prompt)).encode(), digest_size=8)

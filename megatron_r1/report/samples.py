@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from megatron_r1.report.journal import Row
+from megatron_r1.seeds import stream_seed
 from megatron_r1.types import Group, Sample
 
 Pieces = Callable[[list[int]], list[str]]
@@ -29,6 +30,19 @@ class Exhibit:
     columns: list[Row]
 
 
+def shown(groups: Sequence[Group], step: int) -> int:
+    """Number of the group that is kept of a step of training: one, for rows with tokens are large.
+
+    The tasks take turns, those of [general] and the members of a mixture included: in as many steps as there are, each
+    is kept once. Every round has an order of its own, so that a browser that leaves out every other step sees all.
+    """
+    first: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        first.setdefault(group.question.id.rpartition("-")[0], number)  # without the question's number: its task
+    turn, place = divmod(step, len(first))
+    return first[sorted(first, key=lambda task: stream_seed("shown", turn, task))[place]]
+
+
 def sample_rows(step: int, groups: Sequence[Group], tag: str, pieces: Pieces | None = None) -> list[Row]:
     """The first `QUESTIONS` groups with the first `RESPONSES` responses of each, ready for JSON.
 
@@ -39,7 +53,7 @@ def sample_rows(step: int, groups: Sequence[Group], tag: str, pieces: Pieces | N
             "step": step,
             "tag": tag,
             "question_id": group.question.id,
-            "task": group.question.task,
+            "task": group.question.member,
             "prompt": group.question.prompt,
             "question": group.question.metadata.get("text"),
             "answer": group.question.answer,

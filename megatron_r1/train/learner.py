@@ -1,6 +1,6 @@
 """The trainer's side of reinforcement learning: what is updated, and what its losses compare with."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_r1.model.build import build_model, check_tokenizer
 from megatron_r1.model.parallel import consumed_by_first_rank
 from megatron_r1.report.rollout_figures import heldout_figures
 from megatron_r1.report.run import Report
+from megatron_r1.report.samples import shown
 from megatron_r1.seeds import stream_seed
 from megatron_r1.train.ahead import Ahead
 from megatron_r1.train.batch import Minibatch, attach, split, trajectories, with_inputs
@@ -34,7 +35,7 @@ from megatron_r1.train.policy import Figures, Policy
 from megatron_r1.train.reference import Reference
 from megatron_r1.train.rollouts import Rollouts
 from megatron_r1.train.routing_replay import refuse_unfit, refuse_unrecorded, without_replay
-from megatron_r1.types import Group, Question, Sample
+from megatron_r1.types import Group, Question
 
 
 @dataclass
@@ -127,11 +128,11 @@ class Learner:
             figures |= without_replay(policy, batch[0], compare)
         return batch, compare(batch) | figures
 
-    def estimate(self, groups: Sequence[Group], batch: list[Minibatch]) -> tuple[list[Minibatch], Figures]:
+    def estimate(self, groups: Sequence[Group], batch: list[Minibatch], step: int) -> tuple[list[Minibatch], Figures]:
         """The minibatches with advantages of all tokens; with a critic, what it should have said, too."""
         samples = [sample for group in groups for sample in group.samples]
         scored = batch[0][0].inputs.old_logprobs is not None
-        ref = self._write_back(batch, samples, reported=range(len(groups[0].samples))) if scored else []
+        ref = self._write_back(batch, groups, step) if scored else []
         self.advantage(groups, ref)
         idle = sum(not any(sample.advantages) for sample in samples) / len(samples)
         figures = {"zero_advantages": idle}
@@ -141,27 +142,27 @@ class Learner:
             figures["explained_variance"] = explained_variance(samples, known["returns"])
         return [attach(minibatch, **known) for minibatch in batch], figures
 
-    def update(self, minibatch: Minibatch, groups: Sequence[Group], judge: Judge) -> tuple[Minibatch, Figures, Figures]:
+    def update(
+        self, minibatch: Minibatch, groups: Sequence[Group], step: int, judge: Judge
+    ) -> tuple[Minibatch, Figures, Figures]:
         """The policy's update: the minibatch with pi_old, the update's figures, and those of a missing `score`."""
         if minibatch[0].inputs.old_logprobs is not None:
             return minibatch, self.policy.step(minibatch, self.loss, judge), {}
         figures, old, entropies = self.policy.step_on_policy(minibatch, self.loss, judge)
         minibatch = with_inputs(minibatch, old_logprobs=old)
-        samples = [sample for group in groups for sample in group.samples]
-        self._write_back([minibatch], samples, reported=range(len(groups[0].samples)))
+        self._write_back([minibatch], groups, step)
         return minibatch, figures, {"entropy": mean_over_ranks(entropies)} | logprob_difference([minibatch])
 
-    def _write_back(
-        self, batch: list[Minibatch], samples: Sequence[Sample], reported: Container[int]
-    ) -> list[list[float]]:
+    def _write_back(self, batch: list[Minibatch], groups: Sequence[Group], step: int) -> list[list[float]]:
         """What the ranks computed, into the samples that need it; returns the reference's log-probabilities.
 
         An estimator that needs log-probabilities or values needs those of all samples. Else in several processes only
         those come to the first rank that the report shows.
         """
         needy = self.advantage.needs_values or self.advantage.needs_ref_logprobs
+        samples = [sample for group in groups for sample in group.samples]
         everything = range(len(samples))
-        wanted = everything if needy or self.policy.ranks == 1 else reported
+        wanted = everything if needy or self.policy.ranks == 1 else _reported(groups, step)
         for number, values in gather(batch, _inputs(batch, "old_logprobs"), wanted).items():
             samples[number].trainer_logprobs = values
         if self.advantage.needs_values:
@@ -212,6 +213,13 @@ def _with(batch: Sequence[Minibatch], **values: Sequence[Sequence[torch.Tensor]]
 def _inputs(batch: Sequence[Minibatch], field: str) -> list[list[torch.Tensor]]:
     """One field of all `LossInputs`. [minibatches][microbatches]"""
     return [[getattr(micro.inputs, field) for micro in minibatch] for minibatch in batch]
+
+
+def _reported(groups: Sequence[Group], step: int) -> range:
+    """Numbers of the samples of the group that the report shows."""
+    number = shown(groups, step)
+    before = sum(len(group.samples) for group in groups[:number])
+    return range(before, before + len(groups[number].samples))
 
 
 def _check_servable(folder: Path) -> None:

@@ -24,6 +24,7 @@ from megatron_r1.model.parallel import initialize, is_first_rank
 from megatron_r1.model.placement import parameter_counts
 from megatron_r1.report.rollout_figures import constant_rewards, rollout_figures, throughput
 from megatron_r1.report.run import Report
+from megatron_r1.report.samples import shown
 from megatron_r1.train import memory
 from megatron_r1.train.batch import Minibatch, trajectories
 from megatron_r1.train.collector import Collector
@@ -125,7 +126,7 @@ class _Training:
                     batch, figures = learner.unscored(rollout.groups, step)  # pi_old comes with the update
                 else:
                     batch, figures = learner.score(rollout.groups, step)  # pi_old, pi_ref, V
-                batch, estimated = learner.estimate(rollout.groups, batch)  # A_i = (r_i - mean) / std
+                batch, estimated = learner.estimate(rollout.groups, batch, step)  # A_i = (r_i - mean) / std
             self._compare(figures)
             warn_of_nothing_to_learn(report, rollout.sampled, estimated["zero_advantages"], step)
             with report.phase("update"):
@@ -141,7 +142,7 @@ class _Training:
             report.set(counters)
             self._carried = _with_mean_difference(self._carried, figures, step) | learner.rollouts.state() | counters
         self._done, self._begun = step + 1, False
-        report.samples(step, rollout.groups[:1], "train", learner.tokenizer.pieces)
+        report.samples(step, [rollout.groups[shown(rollout.groups, step)]], "train", learner.tokenizer.pieces)
         if lost:
             raise lost
 
@@ -163,7 +164,7 @@ class _Training:
         """The policy's updates of a step. Returns what `score` has not said before."""
         policy, tick = self._learner.policy, time.perf_counter()
         for part in batch:
-            minibatch, figures, found = self._learner.update(part, groups, self._judge)
+            minibatch, figures, found = self._learner.update(part, groups, step, self._judge)
             self._report.add(figures)
             self._guard.follow_up(step, minibatch, lambda part: [-said for said in policy.outputs(part)])
         lengths = [trajectory.length for trajectory in trajectories(groups)]

@@ -168,7 +168,7 @@ def rl(part: dict[str, Any], seen: Seen) -> dict[str, torch.Tensor]:
         if step == 1:
             _, entropies = zip(*map(learner.policy.logprobs_and_entropies, batch), strict=True)
             seen["entropies"].append(_gathered(batch, entropies))
-        batch, estimated = learner.estimate(rollout, batch)
+        batch, estimated = learner.estimate(rollout, batch, step)
         seen["figures"].append(figures | estimated)
         if step == 0:
             seen["figures"] += [learner.critic.step(batch)] if learner.critic else []

@@ -83,7 +83,7 @@ def steps(trained: Learner, first: int, end: int) -> list[dict[str, Any]]:
     for step in range(first, end):
         rollout = groups()
         batch, figures = trained.score(rollout, step)
-        batch, estimated = trained.estimate(rollout, batch)
+        batch, estimated = trained.estimate(rollout, batch, step)
         samples = [sample for group in rollout for sample in group.samples]
         assert trained.critic is not None
         updates = [trained.critic.step(batch), *(trained.policy.step(part, trained.loss) for part in batch)]

@@ -1,20 +1,23 @@
 """The critic: it learns what responses earn, sees no future, and comes back bit for bit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_r1.advantage.group_relative import GroupRelative
 from megatron_r1.config.load import validate
 from megatron_r1.errors import DataError
 from megatron_r1.loss.ppo import Ppo
 from megatron_r1.model.mapping import weights
+from megatron_r1.report.samples import shown
 from megatron_r1.train.critic import Critic, explained_variance
 from megatron_r1.train.learner import Learner
 from megatron_r1.train.memory import state_bytes
-from megatron_r1.types import Sample
+from megatron_r1.types import Question, Sample
 from tests.train.rank_program import config, groups, learner, steps
 
 
@@ -50,15 +53,32 @@ def test_the_value_of_a_token_does_not_see_it(make_learner: Callable[..., Learne
     samples = [sample for group in rollout for sample in group.samples]
     one = next(sample for sample in samples if len(sample.tokens) > 5)
     batch, _ = made.score(rollout, 0)
-    made.estimate(rollout, batch)
+    made.estimate(rollout, batch, 0)
     first = one.values
     one.tokens[2] = (one.tokens[2] + 1) % 400
     batch, _ = made.score(rollout, 0)
-    made.estimate(rollout, batch)
+    made.estimate(rollout, batch, 0)
     assert first is not None
     assert one.values is not None
     assert one.values[:3] == pytest.approx(first[:3], abs=1e-6)
     assert abs(one.values[3] - first[3]) > 1e-4
+
+
+def test_of_several_ranks_the_group_comes_that_the_report_shows(make_learner: Callable[..., Learner]) -> None:
+    """The others' log-probabilities stay where they are, unless the estimator needs them."""
+    made, rollout = make_learner(), groups()
+    for number, group in enumerate(rollout):
+        group.question = Question(f"{'ab'[number // 3]}-{number}", "task", "?", "!")
+    batch, _ = made.score(rollout, 0)
+    made.advantage, made.critic, made.policy.ranks = GroupRelative(GroupRelative.Config()), None, 2
+    for step in (0, 1):
+        made.estimate(rollout, batch, step)
+        held = [[sample.trainer_logprobs is not None for sample in group.samples] for group in rollout]
+        assert [number for number, group in enumerate(held) if any(group)] == [shown(rollout, step)]
+        assert all(held[shown(rollout, step)])
+        for group in rollout:
+            group.samples = [replace(sample, trainer_logprobs=None) for sample in group.samples]
+    assert {shown(rollout, step) for step in (0, 1)} == {0, 3}
 
 
 @pytest.mark.parametrize("loss", [{"aggregate": "sequence"}, {"aggregate": "constant", "max_tokens": 500}])
@@ -68,7 +88,7 @@ def test_every_token_counts_alike_whatever_the_policys_loss_says(
     """The first value loss of a minibatch is 1/2 the mean of (V - R)^2 over its tokens."""
     made = make_learner(critic={"optim": {"lr": 1e-9}, "value_clip": 0.0})
     made.loss = Ppo(validate(Ppo.Config, {"kl_coef": 0.1} | loss, where="test"))
-    batch, _ = made.estimate(rollout := groups(), made.score(rollout, 0)[0])
+    batch, _ = made.estimate(rollout := groups(), made.score(rollout, 0)[0], 0)
     means = []
     for minibatch in batch:
         pairs = [(micro.inputs.old_values, micro.inputs.returns) for micro in minibatch]

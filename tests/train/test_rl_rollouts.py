@@ -10,6 +10,7 @@ import pytest
 
 from megatron_r1.config.load import validate
 from megatron_r1.config.runs import RLConfig
+from megatron_r1.report.samples import shown
 from megatron_r1.train.collector import Collector
 from megatron_r1.train.rollouts import Rollout, Rollouts
 from megatron_r1.types import Group, Question, Sample
@@ -163,6 +164,9 @@ def test_general_prompts_come_from_their_step_on_in_their_share() -> None:
     asked = [one for round_, _ in answering.rounds for one in round_]
     assert len(set(asked)) == 32, "a question was asked twice"
     assert rollouts.state() == {"questions_drawn": 28.0, "general_questions_drawn": 4.0}
+    groups = sample(rollouts, answering, 4).groups, sample(rollouts, answering, 5).groups
+    kept = {groups[step % 2][shown(groups[step % 2], step)].question.id.partition("-")[0] for step in (4, 5)}
+    assert kept == {"chain_sum", "basic_arithmetic"}, "samples.jsonl has one of each"
 
 
 @pytest.mark.parametrize(

@@ -250,16 +250,18 @@ def _code(result: dict[str, Any]) -> int:
 
 def _recipe(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
     """`megatron-r1 run`."""
+    from megatron_r1.recipe.choice import Choice
     from megatron_r1.recipe.expand import read_recipe
-    from megatron_r1.recipe.run import Choice, run
+    from megatron_r1.recipe.run import run
     from megatron_r1.recipe.show import dry_run
 
     verbs = {name: verb for name, verb in (VERBS | CHECKPOINT_VERBS).items() if name not in NO_STAGES}
     plan = read_recipe(options.config, overrides, verbs)
+    choice = Choice(options.anew, options.only, options.json)
     if options.dry_run or options.stage:
-        dry_run(plan, options.json, options.stage)
+        dry_run(plan, choice, options.json, options.stage)
         return 0
-    summary = run(plan, Choice(options.anew, options.only, options.json))
+    summary = run(plan, choice)
     if options.json:
         print(json.dumps(summary))
     return 0

@@ -4,7 +4,6 @@ import errno
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import tomli_w
 from megatron_r1.data.files import write_json
 from megatron_r1.errors import DataError, UserError
 from megatron_r1.recipe.artefacts import check_promises
+from megatron_r1.recipe.choice import Choice
 from megatron_r1.recipe.figures import page_state, summarize
 from megatron_r1.recipe.hashes import Hashes
 from megatron_r1.recipe.lock import Lock
 from megatron_r1.recipe.outside import place
 from megatron_r1.recipe.plan import Plan, Stage
 from megatron_r1.recipe.process import DISK_FULL, SAVED, StageError, run_verb
-from megatron_r1.recipe.record import Record, key_of, read_lineage, supersede, write_lineage
+from megatron_r1.recipe.record import Record, key_of, supersede, write_lineage
 from megatron_r1.recipe.services import Services
 from megatron_r1.recipe.show import WORDS, duration, print_outcome
 from megatron_r1.recipe.standing import Ledger, missing_file
@@ -28,22 +28,8 @@ from megatron_r1.report.recipe_page import render_recipe
 
 SUMMARY = "summary.json"
 STAGE_FILE = "stage.toml"
-ANEW = ".from"
-"""Names the stage of a `--from` that has not got to its end: started again, it goes on and does not begin anew."""
 NOTE_SECONDS = 5.0
 """Between notes of how long a stage has run, for one that is killed."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What of a recipe is run, and how."""
-
-    anew: str | None = None
-    """`--from`: this stage and all that depend on it, whether they have changed or not."""
-    only: str | None = None
-    """`--only`: no other stage than this."""
-    quiet: bool = False
-    """Nothing goes to standard output."""
 
 
 def run(plan: Plan, choice: Choice) -> dict[str, Any]:
@@ -88,12 +74,13 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """Every stage that was chosen."""
-        stages = self._chosen()
+        stages = self.choice.stages(self.plan)
+        self._check_needs()
         self._check_files(stages)
         self.plan.save()
         (self.plan.output / SUMMARY).unlink(missing_ok=True)
         if self.choice.anew:
-            self._begin_anew(stages)
+            self._begin_anew()
         try:
             for stage in stages:
                 self._stage(stage)
@@ -109,8 +96,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """All that is done once the last stage is."""
-        if self.choice.anew or self.choice.only is None:  # another stage alone does not end what `--from` began
-            (self.plan.output / ANEW).unlink(missing_ok=True)
+        self.choice.end(self.plan)
         states = self._final_states()
         summary = summarize(self.plan, states)
         if set(states.values()) <= {"ran", "unchanged"}:
@@ -118,20 +104,17 @@ class Run:
         self._show(states, summary)
         return summary
 
-    def _chosen(self) -> Sequence[Stage]:
-        for name in filter(None, (self.choice.anew, self.choice.only)):
-            self.plan.stage(name)
+    def _check_needs(self) -> None:
+        """Of a stage that runs alone."""
         if self.choice.only is None:
-            return self.plan.stages
+            return
+        if wrong := self.choice.unfinished(self.plan):
+            raise DataError(wrong)
         only = self.plan.stage(self.choice.only)
+        standings = self.ledger.standings()
         for name in only.needs:
-            if read_lineage(self.plan.output / name) is None:
-                raise DataError(
-                    f"--only {only.name}: it needs the stage {name}, which has not finished; run that first"
-                )
-            if self.ledger.standings()[name].state != "done":
+            if standings[name].state != "done":
                 say(f"{name} is out of date, but {only.name} takes its results as they are")
-        return [only]
 
     def _check_files(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
@@ -140,17 +123,15 @@ class Run:
                     raise missing_file(stage, text)
         self.hashes.save()
 
-    def _begin_anew(self, stages: Sequence[Stage]) -> None:
+    def _begin_anew(self) -> None:
         """Move the results of `--from` and of what depends on it away, once."""
-        note = self.plan.output / ANEW
-        chosen = f"{self.choice.anew} {self.choice.only or ''}\n"
-        if note.exists() and note.read_text() == chosen:
+        if self.choice.goes_on(self.plan):
             say(f"going on with --from {self.choice.anew}, which did not get to its end")
             return
-        for stage in self.plan.depending_on(str(self.choice.anew)):
-            if stage in stages and (moved := supersede(self.plan, stage.name)):
+        for stage in self.choice.begins_anew(self.plan):
+            if moved := supersede(self.plan, stage.name):
                 say(f"{stage.name}: its results were moved to {moved}")
-        note.write_text(chosen)
+        self.choice.begin(self.plan)
 
     def _stage(self, stage: Stage) -> None:
         number = self.plan.stages.index(stage) + 1

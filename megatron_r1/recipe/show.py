@@ -1,7 +1,7 @@
 """A recipe for people: its graph before a run, its state during one, its figures at the end."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_r1.recipe.choice import Choice
 from megatron_r1.recipe.figures import model_figures, unmatched
 from megatron_r1.recipe.hashes import Hashes, files_of
 from megatron_r1.recipe.lock import is_held
@@ -35,50 +36,59 @@ def show_status(output: Path, as_json: bool) -> None:
     Raises:
         DataError: no recipe has run there.
     """
-    _show(Plan.read(output), as_json)
+    _show(Plan.read(output), as_json, Choice())
 
 
-def dry_run(plan: Plan, as_json: bool, stage: str | None) -> None:
+def dry_run(plan: Plan, choice: Choice, as_json: bool, stage: str | None) -> None:
     """`megatron-r1 run --dry-run`: the graph as it stands, with what each stage needs; or the run file of one stage.
 
     Raises:
         ConfigError: no such stage.
     """
+    choice.stages(plan)  # a wrong name is better found now
     if stage is not None:
         chosen = plan.stage(stage)
         config = resolve(chosen.config, plan.output) | {"output": str(plan.folder(chosen))}
         print(tomli_w.dumps(config), end="")
         return
     if not plan.planned:
-        _show(plan, as_json)
+        _show(plan, as_json, choice)
         return
     from megatron_r1.recipe import forecast  # it takes the seconds that torch takes
 
     made = forecast.forecasts(plan)
-    _show(plan, as_json, forecast.description(made) if as_json else None)
+    _show(plan, as_json, choice, forecast.description(made) if as_json else None)
     if not as_json:
         print()
         forecast.print_forecasts(made)
 
 
-def _show(plan: Plan, as_json: bool, forecast: Mapping[str, Any] | None = None) -> None:
-    description = describe(plan, Ledger(plan, Hashes(plan.output / Hashes.FILE)).standings())
+def _show(plan: Plan, as_json: bool, choice: Choice, forecast: Mapping[str, Any] | None = None) -> None:
+    description = describe(plan, Ledger(plan, Hashes(plan.output / Hashes.FILE)).standings(), choice)
     if as_json:
         print(json.dumps(description | ({"plan": forecast} if forecast else {})))
     else:
         print_graph(plan, description)
 
 
-def describe(plan: Plan, standings: Mapping[str, Standing]) -> dict[str, Any]:
+def describe(plan: Plan, standings: Mapping[str, Standing], choice: Choice) -> dict[str, Any]:
     """What there is to say about a plan: `title`, `output`, `running`, `stages` (see `_row`), `models`, `missing`."""
     running = is_held(plan.output)
+    rows = {stage.name: _row(plan, stage, standings[stage.name], running) for stage in plan.stages}
+    for stage in choice.begins_anew(plan):
+        rows[stage.name] |= {"state": "would run anew", "why": ""}
+    chosen = choice.stages(plan)
+    for stage in plan.stages:
+        if stage not in chosen:
+            rows[stage.name] |= {"state": "left out", "why": ""}
+    unfinished = choice.unfinished(plan)
     return {
         "title": plan.title,
         "output": str(plan.output),
         "running": running,
-        "stages": [_row(plan, stage, standings[stage.name], running) for stage in plan.stages],
+        "stages": list(rows.values()),
         "models": {model: model_figures(plan, name) for model, name in plan.models.items()},
-        "missing": missing(plan),
+        "missing": missing(chosen) + ([unfinished] if unfinished else []),
     }
 
 
@@ -130,11 +140,11 @@ def print_models(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def missing(plan: Plan) -> list[str]:
-    """What a run would look for in vain."""
+def missing(stages: Sequence[Stage]) -> list[str]:
+    """What a run of them would look for in vain."""
     return [
         f"stage {stage.name} needs {text}, which does not exist"
-        for stage in plan.stages
+        for stage in stages
         for text in stage.files
         if not files_of(place(text))
     ]

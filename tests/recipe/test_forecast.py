@@ -10,6 +10,7 @@ import tomli_w
 from megatron_r1.cli import VERBS
 from megatron_r1.config.plan import PlanConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.recipe.choice import Choice
 from megatron_r1.recipe.expand import read_recipe
 from megatron_r1.recipe.forecast import Forecast, description, fits, forecasts, run
 from megatron_r1.recipe.show import dry_run
@@ -92,14 +93,14 @@ def test_a_model_without_a_config_is_named(tmp_path: Path) -> None:
 
 def test_a_dry_run_plans_recipes_that_have_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, RECIPE)
-    dry_run(read_recipe(path, [], VERBS), as_json=True, stage=None)
+    dry_run(read_recipe(path, [], VERBS), Choice(), as_json=True, stage=None)
     assert json.loads(capsys.readouterr().out)["plan"]["fits"]
-    dry_run(read_recipe(path, [], VERBS), as_json=False, stage=None)
+    dry_run(read_recipe(path, [], VERBS), Choice(), as_json=False, stage=None)
     text = capsys.readouterr().out
     for words in ("planned on H100", "at train", "1 engine of 1 GPU:", "GPU-hours", "at 2 each"):
         assert words in text
     without = {key: value for key, value in RECIPE.items() if key != "plan"}
-    dry_run(read_recipe(written(tmp_path, without), [], VERBS), as_json=False, stage=None)
+    dry_run(read_recipe(written(tmp_path, without), [], VERBS), Choice(), as_json=False, stage=None)
     assert "planned" not in capsys.readouterr().out
 
 

@@ -220,6 +220,27 @@ def test_dry_run(recipe: Recipe) -> None:
     assert not recipe.output.exists()
 
 
+def test_a_dry_run_of_a_part(recipe: Recipe) -> None:
+    """It says what the same command would do, and does nothing; a name that there is not is an error."""
+
+    def states(*arguments: str) -> list[str]:
+        graph = json.loads(recipe.run("--dry-run", "--json", *arguments).stdout)
+        return [row["state"] for row in graph["stages"]]
+
+    note = "note: --only second: it needs the stage first, which has not finished"
+    assert note in recipe.run("--dry-run", "--only=second").stdout
+    recipe.run()
+    before = made(recipe)
+    assert states() == ["done"] * 3
+    assert states("--from=second") == ["done", "would run anew", "would run anew"]
+    assert states("--only=second") == ["left out", "done", "left out"]
+    assert states("--from=first", "--only=second") == ["left out", "would run anew", "left out"]
+    assert "would run anew" in recipe.run("--dry-run", "--from=third").stdout
+    assert (made(recipe), superseded(recipe)) == (before, [])
+    for name in ("from", "only"):
+        assert "no stage 'secnd', did you mean 'second'?" in recipe.run(f"--{name}=secnd", "--dry-run", code=2).stderr
+
+
 def test_an_output_folder_can_be_moved(recipe: Recipe) -> None:
     recipe.run()
     recipe.output.rename(recipe.folder / "elsewhere")

@@ -83,7 +83,8 @@ def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]
     `pass@1` is the mean over questions of the share of right answers, `pass@1_error` its standard error (that of
     drawing the questions), `pass@1_interval` its 95 % confidence interval; `pass@k` the unbiased estimate; `cons@n`
     that of the commonest answer, only where questions have a reference answer to compare with. Questions that no
-    reward judges are counted and left out of these, and so are single answers to the others that a judge failed at.
+    reward judges are counted and left out of these, and so are single answers to the others that a judge failed at;
+    these have a vote all the same, but `cons@n` leaves a question out whose commonest answer was judged nowhere.
     """
     judged = [(asked, answers) for asked, answers in answered if pass_rate(answers) is not None]
     everything = [answer for _, answers in answered for answer in answers]
@@ -100,7 +101,8 @@ def figures(answered: Answered, pass_at: Sequence[int] = (1,)) -> dict[str, Any]
     for k in sorted(set(pass_at) - {1}):
         solved = [_pass_at(answers, k) for _, answers in judged]
         result |= {f"pass@{k}": _mean(solved), f"pass@{k}_interval": interval(solved)}
-    votes = [majority(answers) for asked, answers in judged if asked.answer and "tests" not in asked.metadata]
+    compared = [answers for asked, answers in judged if asked.answer and "tests" not in asked.metadata]
+    votes = [vote for answers in compared if (vote := majority(answers)) is not None]
     if votes:
         name = f"cons@{result['samples']}"
         result |= {name: _mean(votes), f"{name}_interval": interval(votes)}

@@ -27,20 +27,24 @@ def pass_rate(answers: Sequence[Answer]) -> float | None:
     return sum(judged) / len(judged) if judged else None
 
 
-def majority(answers: Sequence[Answer]) -> float:
+def majority(answers: Sequence[Answer]) -> float | None:
     """Whether the commonest final answer is right, 0 or 1 (cons@n of DeepSeek-R1); ties count their mean.
 
     Responses without a final answer do not vote; where nobody votes the result is wrong. Answers that mean the same
-    but are written differently split their votes.
+    but are written differently split their votes. Answers that were not judged vote like the others, and say nothing
+    of whether their answer is right; None where no winner was judged.
     """
-    votes: dict[str, list[bool]] = defaultdict(list)
+    votes: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         if answer.final is not None:
-            votes[answer.final].append(bool(answer.correct))
-    most = max(map(len, votes.values()), default=0)
+            votes[answer.final].append(answer)
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
     # The answers of one vote may differ in their surroundings, and so in their verdicts.
-    winners = [sum(verdicts) / most for verdicts in votes.values() if len(verdicts) == most]
-    return statistics.fmean(winners) if winners else 0.0
+    winners = [pass_rate(alike) for alike in votes.values() if len(alike) == most]
+    rates = [rate for rate in winners if rate is not None]
+    return statistics.fmean(rates) if rates else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -78,6 +78,20 @@ def test_answers_that_a_judge_failed_at_are_counted() -> None:
     assert (result["questions_not_judged"], result["answers_not_judged"], result["pass@1"]) == (1, 2, 0.5)
 
 
+def test_answers_that_a_judge_failed_at_vote() -> None:
+    """By hand: 4 wins by three votes, its only verdict is right; 6 was never judged, so its question is left out."""
+
+    def voted(*votes: tuple[str, bool | None]) -> list[Answer]:
+        return [Answer("", 1, True, correct, {}, final) for final, correct in votes]
+
+    right = voted(("4", None), ("5", False), ("4", True), ("4", None))
+    unknown = voted(("6", None), ("6", None), ("5", False), ("6", None))
+    result = figures([(question(), right), (question(), unknown)])
+    assert result["cons@4"] == 1.0
+    assert result["answers_not_judged"] == 5
+    assert "cons@4" not in figures([(question(), unknown)])
+
+
 def test_no_vote_over_programs_and_no_figures_of_nothing() -> None:
     assert "cons@2" not in figures([(question(tests={}), answers(True, False))])
     assert "cons@2" not in figures([(question(""), answers(True, False))])

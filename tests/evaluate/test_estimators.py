@@ -51,10 +51,15 @@ def test_pass_rate_leaves_out_what_is_not_judged(verdicts: list[bool | None], ex
         ([(None, False)], 0.0),
         ([], 0.0),
         ([("4", True), ("4", False), ("4", True), ("4", False)], 0.5),
+        # What a judge failed at wins the vote for its answer, and that is as right as those like it that were judged.
+        ([("4", True), ("4", None), ("4", None), ("5", False), ("5", False)], 1.0),
+        ([("4", True), ("4", None), ("5", False), ("5", False), ("5", None)], 0.0),
+        ([("4", None), ("4", None), ("5", False)], None),
+        ([("4", True), ("4", None), ("5", None), ("5", None)], 1.0),
     ],
 )
-def test_majority(votes: list[tuple[str | None, bool]], expected: float) -> None:
-    assert majority([answer(*vote) for vote in votes]) == pytest.approx(expected)
+def test_majority(votes: list[tuple[str | None, bool | None]], expected: float | None) -> None:
+    assert majority([answer(*vote) for vote in votes]) == (expected and pytest.approx(expected))
 
 
 def test_standard_error() -> None:

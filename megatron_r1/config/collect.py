@@ -8,14 +8,14 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from megatron_r1.config.component import RewardComponent, TaskComponent, default_rewards
+from megatron_r1.config.component import RewardComponent, TaskComponent
 from megatron_r1.config.conversation import check_tools
-from megatron_r1.config.evaluation import NucleusSection, SamplingSection, ServedModelSection
+from megatron_r1.config.evaluation import NucleusSection, SamplingSection, ServedModelSection, rewards_of_the_data
+from megatron_r1.config.evaluation_set import EvaluationSetSection
 from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.reward_model_server import RewardModelServerSection
 from megatron_r1.config.section import Section
@@ -177,11 +177,7 @@ class SampleSource(SourceSection, DrawSection):
     choose: Literal["random", "shortest", "first"] = "random"
     """Which ones, where `max_per_question` are fewer than pass."""
 
-    @field_validator("rewards", mode="before")
-    @classmethod
-    def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
-        data = info.data.get("data")  # missing where that itself is wrong
-        return default_rewards(data.task) if not rewards and data else rewards
+    _of_the_task = field_validator("rewards", mode="before")(rewards_of_the_data)
 
     @model_validator(mode="after")
     def _without_tools(self) -> "SampleSource":
@@ -209,22 +205,6 @@ class RowsSource(SourceSection):
     data: RecordsSection
     prompt_template: str = "{question}"
     """Template of the stored prompt around the field `prompt`."""
-
-
-class EvaluationSetSection(Section):
-    """[decontaminate.evaluation.NAME]: what must not be trained on."""
-
-    data: RecordsSection | None = None
-    text: list[str] = Field(default=["problem"], min_length=1)
-    """Columns of `data` with the texts."""
-    task: TaskComponent | None = None
-    """A task with a fixed number of problems."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "EvaluationSetSection":
-        if (self.data is None) == (self.task is None):
-            raise ValueError("an evaluation set needs either `data` or `task`")
-        return self
 
 
 class DecontaminateSection(Section):

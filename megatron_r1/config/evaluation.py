@@ -29,6 +29,12 @@ class ServedModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
+def rewards_of_the_data(rewards: Any, info: ValidationInfo) -> Any:
+    """Validator of a key `rewards` behind a [data]: those of its task, where none are named."""
+    data = info.data.get("data")  # missing where that itself is wrong
+    return default_rewards(data.task) if not rewards and data else rewards
+
+
 class NucleusSection(RolloutSection):
     """[rollout] of a model that is only sampled from."""
 
@@ -175,11 +181,7 @@ class FilterConfig(Section):
     rewards: dict[str, RewardComponent] = {}
     """What [pass_rate] judges answers by; default: the task's own. At least one has to judge whether one is right."""
 
-    @field_validator("rewards", mode="before")
-    @classmethod
-    def _of_the_task(cls, rewards: Any, info: ValidationInfo) -> Any:
-        data = info.data.get("data")  # missing where that itself is wrong
-        return default_rewards(data.task) if not rewards and data else rewards
+    _of_the_task = field_validator("rewards", mode="before")(rewards_of_the_data)
 
     @model_validator(mode="after")
     def _tools_are_there(self) -> "FilterConfig":

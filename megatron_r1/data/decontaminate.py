@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from megatron_r1.config import component
-from megatron_r1.config.component import TaskComponent
+from megatron_r1.config.evaluation_set import EvaluationSetSection
 from megatron_r1.config.records import RecordsSection
 from megatron_r1.config.section import Section
 from megatron_r1.data.files import write_json
@@ -25,22 +25,6 @@ COMMONEST = 20
 """N-grams that the summary names: one that drops hundreds of rows is a phrase that both sides were written with."""
 
 
-class EvaluationSet(Section):
-    """[evaluation.<name>]: what must not be trained on; the texts of a data set, or the problems of a task."""
-
-    data: RecordsSection | None = None
-    text: list[str] = Field(default=["problem"], min_length=1)
-    """Columns of `data` with the texts."""
-    task: TaskComponent | None = None
-    """A task with a fixed number of problems, such as `{ type = "human_eval" }`."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "EvaluationSet":
-        if (self.data is None) == (self.task is None):
-            raise ValueError("an evaluation set needs either `data` or `task`")
-        return self
-
-
 class DecontaminateConfig(Section):
     """`megatron-r1 data decontaminate`: rows without word overlap with evaluation sets."""
 
@@ -52,7 +36,7 @@ class DecontaminateConfig(Section):
     ngram: PositiveInt = 10
     """One run of this many words in common drops a row: 10 in DeepSeek-R1, 8 in open-r1 (`data/overlap.py` says what a
     word is). A shorter text has to be the same as a whole."""
-    evaluation: dict[str, EvaluationSet] = Field(min_length=1)
+    evaluation: dict[str, EvaluationSetSection] = Field(min_length=1)
     """Name -> evaluation set."""
 
 
@@ -111,7 +95,7 @@ def separate(config: DecontaminateConfig) -> dict[str, Any]:
     return summary
 
 
-def _add(index: NgramIndex, name: str, section: EvaluationSet) -> dict[str, int]:
+def _add(index: NgramIndex, name: str, section: EvaluationSetSection) -> dict[str, int]:
     """Index one evaluation set; how many rows it has, and how many of them have no words to compare."""
     rows = compared = 0
     for number, texts in enumerate(_texts(name, section)):
@@ -123,7 +107,7 @@ def _add(index: NgramIndex, name: str, section: EvaluationSet) -> dict[str, int]
     return {"rows": rows, "rows_without_words": rows - compared}
 
 
-def _texts(name: str, section: EvaluationSet) -> Iterator[list[str]]:
+def _texts(name: str, section: EvaluationSetSection) -> Iterator[list[str]]:
     """The texts of each row."""
     if section.data is not None:
         rows = Records(section.data)

@@ -188,6 +188,8 @@ class _Shard:
     def _put(self, rule: Rule, name: str, rows: torch.Tensor, row: int) -> None:
         dtype = self._specs[name].dtype
         if dtype is torch.float8_e4m3fn and self._scale_format:
+            # In bfloat16, which is what FP8 dequantises to: a block made of finer numbers would not come back.
+            rows = rows.to(torch.bfloat16)
             weight, scale = fp8.quantize(rows, scale_format=self._scale_format, name=name, row=row)
             self._writer.put_rows(name, weight)
             self._writer.put_rows(name + fp8.SCALE_SUFFIX, scale)

@@ -120,6 +120,30 @@ def test_fp8_is_imported_as_it_dequantises_and_exported_to_the_same_bytes(tmp_pa
     assert same(tensors(tmp_path / "plain"), tensors(tmp_path / "cast"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_finer_numbers_are_rounded_to_bfloat16_before_they_are_fp8(tmp_path: Path, dtype: torch.dtype) -> None:
+    """FP8 dequantises to that, so the folder comes back byte for byte; and is the one that is made of bfloat16."""
+    source = write(tmp_path / "hf", tiny(hidden_size=160))
+    stored = tensors(source)
+    for name, value in stored.items():
+        if name.endswith("_proj.weight"):
+            stored[name] = (value.float() * (1 + torch.rand(value.shape) / 64)).to(dtype)
+    save_file(stored, source / "model.safetensors")
+    made = []
+    for name, origin, wanted in (("fp8", "hf", "fp8"), ("again", "fp8", "fp8"), ("bf16", "hf", "bfloat16")):
+        run_cast(CastConfig(source=tmp_path / origin, output=tmp_path / name, dtype=wanted))
+        made.append(tensors(tmp_path / name))
+    assert same(made[1], made[0])
+    run_cast(CastConfig(source=tmp_path / "bf16", output=tmp_path / "other", dtype="fp8"))
+    scaled = [name for name in made[0] if name.endswith("_scale_inv")]
+    other = tensors(tmp_path / "other")
+    assert scaled
+    for name in scaled:
+        weight = name.removesuffix("_scale_inv")
+        assert torch.equal(other[name], made[0][name])
+        assert torch.equal(other[weight].view(torch.uint8), made[0][weight].view(torch.uint8))
+
+
 def test_dtypes_change_where_they_are_asked_to(tmp_path: Path) -> None:
     source = write(tmp_path / "hf")
     run_import(ImportConfig(source=source, output=tmp_path / "megatron", dtype="float32"))

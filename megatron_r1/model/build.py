@@ -20,7 +20,7 @@ from megatron_r1.config.sections import ModelSection
 from megatron_r1.errors import ConfigError, DataError, nearest
 from megatron_r1.model import lora
 from megatron_r1.model.context_extension import extended
-from megatron_r1.model.family import Family, HFConfig, Rule
+from megatron_r1.model.family import Family, HFConfig, Rule, check_sizes
 from megatron_r1.model.hf_folder import TensorReader, Weights, read_config
 from megatron_r1.model.kernel_rules import RULES, Setting, refuse
 from megatron_r1.model.kernels import Kernels, Machine, choose, refuse_uneven
@@ -205,6 +205,7 @@ def _family(hf: HFConfig) -> type[Family]:
         raise DataError(
             f"architecture {architecture!r} is not supported{nearest(architecture, known)}; known: {', '.join(known)}"
         )
+    check_sizes(hf)
     family: type[Family] = resolve("family", architecture)
     return family
 

@@ -111,6 +111,28 @@ def require(hf: HFConfig, key: str, *allowed: Any) -> Any:
     return hf[key]
 
 
+_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_SIZES = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "moe_intermediate_size", "num_experts_per_tok"),
+    *("n_routed_experts", "num_experts", "num_local_experts"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+)
+"""A config may leave these out, or say null."""
+
+
+def check_sizes(hf: HFConfig) -> None:
+    """Check that what is computed with is a number: a config that was edited by hand may hold anything.
+
+    Raises:
+        DataError: a size is not a positive whole number.
+    """
+    for key in (*_NEEDED, *_SIZES):
+        if key not in hf or (hf[key] is None and key in _SIZES):
+            continue
+        if type(hf[key]) is not int or hf[key] < 1:
+            raise DataError(f"config.json: {key} = {hf[key]!r} has to be a whole number above 0")
+
+
 def refuse_other(hf: HFConfig, **only: Any) -> None:
     """Check switches that a config may leave out: each one's only supported value is that of leaving it out.
 

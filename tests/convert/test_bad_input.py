@@ -103,9 +103,21 @@ def wrong_dtype(folder: Path) -> None:
     change(folder, "model.norm.weight", torch.zeros(128, dtype=torch.float16))
 
 
-def unknown_architecture(folder: Path) -> None:
+def set_in_config(folder: Path, **changed: object) -> None:
     hf = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(hf | {"architectures": ["Gpt5ForCausalLM"]}))
+    (folder / "config.json").write_text(json.dumps(hf | changed))
+
+
+def unknown_architecture(folder: Path) -> None:
+    set_in_config(folder, architectures=["Gpt5ForCausalLM"])
+
+
+def size_in_quotes(folder: Path) -> None:
+    set_in_config(folder, hidden_size="64")
+
+
+def fewer_than_no_layers(folder: Path) -> None:
+    set_in_config(folder, num_hidden_layers=-1)
 
 
 def no_config(folder: Path) -> None:
@@ -123,6 +135,8 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     wrong_shape: r"model.norm.weight has shape \[64\], but config.json makes it \[128\]",
     wrong_dtype: r"model.norm.weight is stored in float16, but config.json says bfloat16",
     unknown_architecture: r"'Gpt5ForCausalLM' is not supported",
+    size_in_quotes: r"config\.json: hidden_size = '64' has to be a whole number above 0",
+    fewer_than_no_layers: r"config\.json: num_hidden_layers = -1 has to be a whole number above 0",
     no_config: r"has no config\.json",
 }
 

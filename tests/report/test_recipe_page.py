@@ -22,14 +22,15 @@ NEEDS: dict[str, tuple[str, list[str]]] = {
     "dev1": ("sft", ["base", "cold_start"]),
     "evaluate_base": ("evaluate", ["base"]),
     "evaluate_dev1": ("evaluate", ["dev1"]),
+    "r1": ("rl", ["dev1"]),
 }
 
 
-def sampled(text: str, reward: float, trainer: list[float] | None = None) -> Group:
+def sampled(text: str, reward: float, trainer: list[float] | None = None, task: str = "arithmetic") -> Group:
     pieces = list(text)
     sample = Sample(list(range(len(pieces))), [-0.5] * len(pieces), text, True, 0, {"accuracy": reward}, reward)
     sample.trainer_logprobs = trainer
-    question = Question("q-1", "arithmetic", "User: 3 + 4? Assistant:", "7", {"text": "3 + 4?"})
+    question = Question("q-1", task, "User: 3 + 4? Assistant:", "7", {"text": "3 + 4?"})
     return Group(question, [1, 2], [sample])
 
 
@@ -45,7 +46,7 @@ def evaluated(folder: Path, **texts: str) -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path, open_report: Any) -> tuple[Path, RecipeState]:
-    """The folder of a recipe of six stages, one of them still running, and its state."""
+    """The folder of a recipe of seven stages, one of them still running, and its state."""
     output = tmp_path / "recipe"
     output.mkdir()
     with open_report(output=output / "r1_zero", steps=3) as report:
@@ -55,6 +56,9 @@ def recipe(tmp_path: Path, open_report: Any) -> tuple[Path, RecipeState]:
             text = ("no", "well <b>7</b>", "7")[step]
             apart = [-0.5 + 0.25 * (index == 1) for index in range(len(text))]
             report.samples(step, [sampled(text, step / 2, apart)], "train", lambda ids, text=text: list(text))
+    with open_report(output=output / "r1", steps=1) as report, report.step(0):
+        report.add({"reward": 0.0})
+        report.samples(0, [sampled("no", 0.0), sampled("hello", 0.0, task="chat")], "train")
     (output / "cold_start").mkdir()
     counts = {"rows": 12, "domains": {"math": {"samples": 9, "dropped": {"wrong": 3}}, "chat": {"samples": 3}}}
     (output / "cold_start/summary.json").write_text(json.dumps(counts))
@@ -71,7 +75,7 @@ def recipe(tmp_path: Path, open_report: Any) -> tuple[Path, RecipeState]:
 
 def test_it_shows_what_the_stages_left(recipe: tuple[Path, RecipeState]) -> None:
     page = Page(render_recipe(*recipe))
-    for text in ("R1 <small>", "5 of 6", "25.0 %", "31.2", "–", "1 min 01 s", "heldout accuracy 25.0 %", HOSTILE):
+    for text in ("R1 <small>", "6 of 7", "25.0 %", "31.2", "–", "1 min 01 s", "heldout accuracy 25.0 %", HOSTILE):
         assert text in page.text
     assert "running" in page.text
     assert "evaluate_base" not in page.text  # an evaluation is a figure of its model, not a box
@@ -84,7 +88,11 @@ def test_it_loads_nothing(recipe: tuple[Path, RecipeState]) -> None:
     page = Page(render_recipe(*recipe))
     assert not [1 for tag, attributes in page.tags if {"src", "srcset", "action", "poster", "data"} & attributes.keys()]
     links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
-    assert links == ["data:,", "r1_zero/report.html"]  # beside the page, and only followed when clicked
+    assert links == [
+        "data:,",
+        "r1_zero/report.html",
+        "r1/report.html",
+    ]  # beside the page, and only followed when clicked
     (recipe[0] / "r1_zero/report.html").unlink()
     assert "its own report" not in Page(render_recipe(*recipe)).text
 
@@ -143,24 +151,34 @@ def test_the_rollouts_of_a_long_run_are_spread_over_its_steps(tmp_path: Path) ->
 def test_driven_in_a_browser(recipe: tuple[Path, RecipeState], tmp_path: Path, width: int) -> None:
     with Browser(render_recipe(*recipe), tmp_path / "profile", width) as page:
         page.wait("document.querySelectorAll('#curves-r1_zero .js-plotly-plot').length > 0")
-        assert page.value("document.querySelectorAll('#graph rect').length") == 4
+        assert page.value("document.querySelectorAll('#graph rect').length") == 5
         assert page.value("document.documentElement.scrollWidth <= innerWidth")
         cards = "[...document.querySelectorAll('#list .response')].map((one) => one.textContent)"
-        assert len(page.value(cards)) == 3
+        assert len(page.value(cards)) == 5
         assert page.value("document.querySelectorAll('#list b').length") == 0
 
         def fill(name: str, value: str) -> None:
             box = f"document.getElementById('{name}')"
             page.value(f"{box}.value = '{value}'; {box}.dispatchEvent(new Event('input', {{bubbles: true}}))")
 
+        fill("by-stage", "r1")
+        assert [("r1 ·" in card, "chat" in card) for card in page.value(cards)] == [(True, False), (True, True)]
+        fill("by-task", "chat")
+        assert ["hello" in card for card in page.value(cards)] == [True]
+        fill("by-stage", "r1_zero")
+        assert page.value(cards) == []
+        fill("by-task", "arithmetic")
+        assert [f"r1_zero · step {step}" in card for step, card in enumerate(page.value(cards))] == [True] * 3
+        fill("by-stage", "all")
+        assert len(page.value(cards)) == 4
+        fill("by-task", "all")
         fill("from-reward", "0.4")
         assert len(page.value(cards)) == 2
-        assert page.value("document.getElementById('count').textContent") == "2 of 3 responses"
+        assert page.value("document.getElementById('count').textContent") == "2 of 5 responses"
         fill("by-text", "WELL")
         (only,) = page.value(cards)
         assert "step 1" in only
         assert "well <b>7</b>" in only
-        fill("by-stage", "all")
         page.hover("#list .token:nth-of-type(3)")
         page.wait("!document.getElementById('tip').hidden")
         tip = page.value("document.getElementById('tip').textContent")

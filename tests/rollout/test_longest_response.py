@@ -31,7 +31,8 @@ def test_of_a_flow_it_is_that_of_the_weights_that_begin_a_group(opened: Open, tm
         submit(told.flow, 1, at_least=2)
         push(fleet, tmp_path, 2)
         told.until(lambda: len(told.complete) == 2)
-    assert [request["max_tokens"] for request in fleet.requests(0)] == [[3], [50]]
+    # The engine may get the first one's request only when it has the new weights, as the second's.
+    assert sorted(request["max_tokens"] for request in fleet.requests(0)) == [[3], [50]]
     for number, longest in enumerate((3, 50)):
         answers = [sample.tokens for sample in told.complete[f"data:{number}"]]
         assert answers == [response(seed, 2, longest)["tokens"] for seed in seeds(number)]

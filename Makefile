@@ -72,7 +72,12 @@ $(INSTALLED_DEV): requirements/dev.lock requirements/modelopt.lock requirements/
 
 # Folders of their own, which only some tests look into: another megatron-core; the harness of `lm-eval`, which brings
 # scikit-learn, and where that is there transformers loads it in every process: 2 s each.
-$(VENV)/lm_eval $(VENV)/megatron_$(MEGATRON): $(VENV)/%: requirements/%.lock $(INSTALLED_DEV)
+$(VENV)/lm_eval: requirements/lm_eval.lock requirements/install.sh $(INSTALLED_DEV)
 	rm -rf $@ $@.partial
-	$(BIN)/python -m pip install --quiet --quiet --no-deps --ignore-requires-python --target $@.partial --requirement $<
+	TARGET=$@.partial requirements/install.sh $(VENV) $<
+	mv $@.partial $@ && touch $@
+
+$(VENV)/megatron_%: requirements/megatron_%.lock $(INSTALLED_DEV)
+	rm -rf $@ $@.partial
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $@.partial --requirement $<
 	mv $@.partial $@ && touch $@

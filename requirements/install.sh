@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install lock files into a virtual environment: requirements/install.sh VENV LOCK...
+# With TARGET=FOLDER into a folder of their own, for that environment's Python.
 #
 # uv unpacks in parallel and leaves bytecode to the first import: 19 s for cpu.lock on two cores, pip 125 s.
 # uv does not read pip's settings, so the package folders and index that pip knows are handed on to it.
@@ -14,6 +15,7 @@ shift
 locks=()
 for lock in "$@"; do locks+=(--requirement "$lock"); done
 python=$venv/bin/python
+target=(${TARGET:+--target "$TARGET"})
 
 # setting NAME: the words that pip's configuration files and environment give NAME, once each.
 setting() {
@@ -21,11 +23,11 @@ setting() {
 }
 
 with_uv() {
-    "$python" -m uv pip install --quiet --python "$python" --no-deps "${locks[@]}" "$@"
+    "$python" -m uv pip install --quiet --python "$python" --no-deps "${target[@]}" "${locks[@]}" "$@"
 }
 
 with_pip() {
-    "$python" -m pip install --quiet --quiet --no-deps "${locks[@]}" "$@"
+    "$python" -m pip install --quiet --quiet --no-deps "${target[@]}" "${locks[@]}" "$@"
 }
 
 if "$python" -m pip install --quiet --quiet "uv==$UV_VERSION"; then

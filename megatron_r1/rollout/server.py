@@ -204,7 +204,16 @@ def arguments(section: RolloutSection, model: Path, dtype: str, port: int, on_cp
 def base_arguments(
     section: ServedSection, model: Path, dtype: str, port: int, program: str = SERVER_MODULE
 ) -> list[str]:
-    """What the command line of any vLLM server of ours begins with; `program`: the module that is run."""
+    """What the command line of any vLLM server of ours begins with; `program`: the module that is run.
+
+    Raises:
+        DataError: the model is a Megatron checkpoint.
+    """
+    if (model / ".metadata").exists():
+        raise DataError(
+            f"{model} is a Megatron checkpoint, which engines cannot load: `megatron-r1 export {model} FOLDER` makes a "
+            "Hugging Face folder of it"
+        )
     command = [sys.executable, "-m", program]
     command += [f"--model={model.resolve()}", f"--host={HOST}", f"--port={port}", f"--dtype={dtype}"]
     command += [f"--max-num-seqs={section.max_num_seqs}"]

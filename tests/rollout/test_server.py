@@ -13,7 +13,7 @@ import pytest
 from megatron_r1.config.environment import set_own
 from megatron_r1.config.kernels import KernelsSection
 from megatron_r1.config.sections import ParallelSection, RolloutSection
-from megatron_r1.errors import ConfigError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.parallel import cuda_environment
 from megatron_r1.rollout.refill import Refill
 from megatron_r1.rollout.server import HEADLESS_MODULE, Server, base_arguments, devices, headless, single_worker
@@ -56,6 +56,17 @@ def test_more_than_one_rank_needs_more_than_one_worker(size: str) -> None:
 def test_a_part_without_a_listener_has_the_same_arguments(tmp_path: Path) -> None:
     command = base_arguments(section(None), tmp_path, "float32", 8700)
     assert headless(command) == [command[0], "-m", HEADLESS_MODULE, *command[3:], "--headless"]
+
+
+def test_a_megatron_checkpoint_is_refused(tmp_path: Path) -> None:
+    """One of training has a config.json."""
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    base_arguments(RolloutSection(max_model_len=64, max_tokens=32), tmp_path, "float32", 1)
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(
+        DataError, match=f"{tmp_path} is a Megatron checkpoint.* `megatron-r1 export {tmp_path} FOLDER`"
+    ):
+        base_arguments(RolloutSection(max_model_len=64, max_tokens=32), tmp_path, "float32", 1)
 
 
 def test_each_replica_has_sequences_of_its_own(opened: Open) -> None:  # noqa: F811

@@ -13,7 +13,9 @@ VERSION = "version"
 """Of the same metadata: which weights they are."""
 BLOCK = 1 << 12
 BLOCKS = 16
-"""So many blocks of a tensor count, from its first byte to its last; of one that is not larger every byte does."""
+"""So many blocks of a tensor count, from its first byte to its last."""
+WHOLE = 1 << 17
+"""Of a tensor of so many bytes, or fewer, every one counts."""
 SAMPLED = 32
 """Tensors of a push that are compared where comparing all would bring them back from GPUs."""
 
@@ -58,7 +60,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What counts of a contiguous tensor's bytes: views."""
     content = tensor.reshape(-1).view(torch.uint8)
     size = content.numel()
-    if size <= BLOCK * BLOCKS:
+    if size <= WHOLE:
         return [content]
     distance = (size - BLOCK) // (BLOCKS - 1)
     return [content.as_strided((BLOCKS - 1, BLOCK), (distance, 1)), content[-BLOCK:]]

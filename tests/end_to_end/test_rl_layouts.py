@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from megatron_r1.config.section import Section
 from megatron_r1.reward.base import Reward
-from megatron_r1.rollout.checksum import BLOCK, BLOCKS
+from megatron_r1.rollout.checksum import WHOLE
 from megatron_r1.types import Group
 from tests.distributed.layouts import relative
 from tests.end_to_end import runs
@@ -121,7 +121,7 @@ def test_the_engine_receives_the_same_bytes(run: Callable[[str], Run], layout: s
     assert sorted(files) == WRITTEN[layout]
     weights = run("one").weights().values()
     assert found[0][0] == len(weights)
-    assert max(tensor.nbytes for tensor in weights) <= BLOCK * BLOCKS, "the checksum is one of every byte"
+    assert max(tensor.nbytes for tensor in weights) <= WHOLE, "the checksum is one of every byte"
 
 
 @pytest.mark.parametrize("layout", SEVERAL)

@@ -14,7 +14,7 @@ from megatron_r1.config.sandbox import Limits
 from megatron_r1.errors import EngineError
 from megatron_r1.reward.sandbox.bundle import bundle
 from megatron_r1.reward.sandbox.job import Status
-from megatron_r1.reward.sandbox.watch import usage
+from megatron_r1.reward.sandbox.watch import FREE_DESCRIPTORS, room, usage
 
 START_SECONDS = 60.0
 """A box starts in some 20 ms; this is for a machine that is out of breath."""
@@ -62,6 +62,7 @@ class Box:
         self._jail = jail
         self._limits = Limits()
         self._leader: int | None = None
+        self._room = FREE_DESCRIPTORS
         self._watched = 0.0
         self._received = bytearray()
         self._commands, self._replies = _pipes(jail.process)
@@ -80,7 +81,7 @@ class Box:
                 self._stop("failed", "the box died")
         except (Stopped, EngineError) as error:
             raise EngineError(f"a sandbox did not start ({error}): {self._last_words()}") from None
-        self._leader, self._watched = leader, time.monotonic()
+        self._leader, self._room, self._watched = leader, room(leader), time.monotonic()
         self.limit(limits)
 
     def limit(self, limits: Limits) -> None:
@@ -139,7 +140,7 @@ class Box:
         """
         if self._leader is None or time.monotonic() - self._watched < TICK:
             return
-        used = usage(self._leader, 2 * self._limits.processes)
+        used = usage(self._leader, 2 * self._limits.processes, self._room)
         if used.tasks - 1 > self._limits.processes:
             self._stop("failed", f"more than {self._limits.processes} processes and threads")
         if used.descriptors > OPEN_FILES * self._limits.files:

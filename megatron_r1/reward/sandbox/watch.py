@@ -23,8 +23,22 @@ class Usage:
     """Room for open files, pipes and sockets, beyond what every process has."""
 
 
-def usage(leader: int, most_tasks: int) -> Usage:
-    """Walk the tree of processes below `leader`; it ends early when there are more than `most_tasks`."""
+def room(leader: int) -> int:
+    """For how many descriptors a process has room that has opened none: as much as those above it had when they forked.
+
+    A shell that holds a pipe as number 251 gives room for 256 to every process below it.
+    """
+    try:
+        return max(FREE_DESCRIPTORS, _status(leader).get("FDSize", 0))
+    except (FileNotFoundError, ProcessLookupError):
+        return FREE_DESCRIPTORS
+
+
+def usage(leader: int, most_tasks: int, free: int = FREE_DESCRIPTORS) -> Usage:
+    """Walk the tree of processes below `leader`; it ends early when there are more than `most_tasks`.
+
+    `free`: descriptors of each process that do not count (`room`).
+    """
     tasks = memory = descriptors = 0
     waiting = [leader]
     while waiting and tasks <= most_tasks:
@@ -38,7 +52,7 @@ def usage(leader: int, most_tasks: int) -> Usage:
             continue
         tasks += len(threads)
         memory += status.get("VmRSS", 0) + status.get("VmSwap", 0)
-        descriptors += max(0, status.get("FDSize", 0) - FREE_DESCRIPTORS)
+        descriptors += max(0, status.get("FDSize", 0) - free)
     return Usage(tasks, memory, descriptors)
 
 

@@ -1,7 +1,11 @@
+import fcntl
+import os
 import random
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +124,18 @@ def test_limits_hold_and_leave_the_next_input_alone(
     done = runs(local, source, ["over", "under"], LIMITS.model_copy(update=limits))
     assert [run.status for run in done] == [status, "ok"]
     assert done[1].stdout == "1\n"
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "rlimits"])
+def test_what_the_judge_has_open_is_not_the_programs(kind: str) -> None:
+    """A process below has room for as many descriptors as the one that starts it, though it opens none."""
+    with Path("/dev/null").open() as null, closing(os.fdopen(fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, 900))):
+        local = Local(open_pool(kind, 1))
+        try:
+            done = runs(local, "import time; time.sleep(0.2); print(1)", limits=LIMITS.model_copy(update={"files": 32}))
+            assert [(run.status, run.stdout) for run in done] == [("ok", "1\n")]
+        finally:
+            local.close()
 
 
 def test_output_within_the_limit_is_whole(local: Local) -> None:

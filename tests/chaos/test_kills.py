@@ -18,7 +18,7 @@ from tests.end_to_end import runs
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("verb", "kills"), [("pretrain", 14), ("rl", 7)])
+@pytest.mark.parametrize(("verb", "kills"), [("pretrain", 8), ("rl", 7)])
 def test_every_run_ends_as_the_undisturbed_one(prepared: Path, verb: str, kills: int) -> None:
     options = [f"--verb={verb}", f"--runs={kills}", f"--prepared={prepared}"]
     command = [sys.executable, "-m", "tests.chaos.kills", *options]
